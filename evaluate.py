@@ -1,0 +1,670 @@
+"""One grader for reward, evaluation and study, and the figures that are made from its verdicts.
+
+    python evaluate.py --model runs/grpo      accuracy per split and family with 95 % intervals
+    python evaluate.py study                  the whole comparison, as a list of commands
+
+A response is right when what stands in its last <answer> tags equals the gold answer: numbers by
+value, words and choices by text, boxes by IoU >= 0.5. It is formatted when it is exactly
+<think>...</think><answer>...</answer>. In the tabletop world it is faithful when it is right and
+every step of its reasoning is true, and lucky when it is right and some step is false.
+"""
+import argparse
+import base64
+import dataclasses
+import difflib
+import html
+import io
+import json
+import math
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from tqdm import tqdm
+
+import data
+from kernels import Sampler
+from model import CheckpointError, load, write_json
+
+# -------------------------------------------------------------------------------- command line
+
+
+def option(default, doc, choices=None, least=None):
+    """A field of a Config: its default, its line in --help, what it may be."""
+    return dataclasses.field(default=default,
+                             metadata=dict(doc=doc, choices=choices, least=least))
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, argv=None):
+        known, unknown = self.parse_known_args(argv)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions)
+            hint = f"; did you mean {near[0]}?" if near else "; see --help"
+            self.error(f"unknown option {unknown[0]}{hint}")
+        return known
+
+
+def parse(Config, argv=None, doc=""):
+    """Makes the command line of a dataclass, and the dataclass from a command line."""
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(Config):
+        name, shown = "--" + f.name.replace("_", "-"), "" if f.default is None else f.default
+        help = f.metadata["doc"] + (f" (default: {shown})" if shown != "" else "")
+        if f.type is bool:
+            parser.add_argument(name, action="store_true", help=help)
+        else:
+            parser.add_argument(name, type=f.type, default=f.default, help=help.replace("%", "%%"),
+                                choices=f.metadata["choices"], metavar=f.type.__name__.upper())
+    args = parser.parse_args(argv)
+    for f in dataclasses.fields(Config):
+        value, least = getattr(args, f.name), f.metadata["least"]
+        if least is not None and value is not None and value < least:
+            parser.error(f"--{f.name.replace('_', '-')} {value}: expected at least {least}")
+    return Config(**vars(args))
+
+
+def run_script(main, Config, doc, argv=None):
+    """Runs main(config); what the user can mend ends as one clear line, not as a traceback."""
+    config = parse(Config, argv, doc)
+    try:
+        main(config)
+    except (data.DataError, CheckpointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# ----------------------------------------------------------------------------------- the grader
+
+BOX = re.compile(r"\[\s*(-?\d+(?:\.\d+)?(?:\s*,\s*-?\d+(?:\.\d+)?){3})\s*\]")
+NUMBER = re.compile(r"([-+]?)\$?(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?(?:\s*/\s*(\d+))?\s*%?")
+FORMAT = re.compile(r"<think>(.+?)</think>\s*<answer>(.+?)</answer>", re.S)
+MAX_ANSWER = 200                     # characters; a longer «answer» is none
+
+
+@dataclass
+class Grade:
+    correct: bool
+    formatted: bool
+    faithful: bool | None = None     # None where the truth of the steps is not known
+    steps: list = dataclasses.field(default_factory=list)
+
+
+def number(text):
+    """The value of an integer, decimal or fraction, or None."""
+    found = NUMBER.fullmatch(text.strip())
+    if not found or not (found[2] or found[3]) or found[4] and not int(found[4]):
+        return None
+    value = Fraction((found[2] or "0").replace(",", "") + (found[3] or ""))
+    return (-1 if found[1] == "-" else 1) * value / int(found[4] or 1)
+
+
+def box(text):
+    found = BOX.fullmatch(text.strip())
+    return [float(part) for part in found[1].split(",")] if found else None
+
+
+def iou(a, b):
+    """Intersection over union of two boxes x1, y1, x2, y2."""
+    wide = min(a[2], b[2]) - max(a[0], b[0])
+    high = min(a[3], b[3]) - max(a[1], b[1])
+    common = max(wide, 0) * max(high, 0)
+    areas = [max(c[2] - c[0], 0) * max(c[3] - c[1], 0) for c in (a, b)]
+    return common / (sum(areas) - common) if common else 0.0
+
+
+def plain(text):
+    """Words without case, outer punctuation or repeated space."""
+    return " ".join(text.casefold().split()).strip(" .,:;!?\"'`*")
+
+
+def chosen(text, choices):
+    """The choice that a letter, a text, or a letter with its text speaks of, or None."""
+    texts = [plain(choice) for choice in choices]
+    if plain(text) in texts:
+        return texts.index(plain(text))
+    found = re.fullmatch(r"\(?([A-Za-z])(?:[).:]+\s*(.*)|)", text.strip(), re.S)
+    if not found:
+        return None
+    place = ord(found[1].upper()) - 65
+    fits = place < len(texts) and (not found[2] or plain(found[2]) == texts[place])
+    return place if fits else None
+
+
+def is_right(answer, gold, choices=None):
+    """Whether an answer equals the gold answer, by the kind of the gold answer."""
+    if len(answer) > MAX_ANSWER:
+        return False
+    if choices:
+        given = chosen(answer, choices)
+        return given is not None and given == chosen(gold, choices)
+    if box(gold):
+        given = box(answer)
+        return given is not None and iou(given, box(gold)) >= 0.5
+    if number(gold) is not None:
+        return number(answer.rstrip(" .")) == number(gold)
+    return plain(answer) == plain(gold) != ""
+
+
+def grade(response, example):
+    """response: text without its end mark."""
+    found = FORMAT.fullmatch(response.strip())
+    formatted = found is not None and not re.search(r"</?(think|answer)>", found[1] + found[2])
+    correct = is_right(data.strip_answer(response), example.answer, example.choices)
+    if example.scene is None:
+        return Grade(correct, formatted)
+    steps = data.check_steps(example.scene, found[1]) if formatted else []
+    claims = [true for _, true in steps if true is not None]
+    return Grade(correct, formatted, correct and bool(claims) and all(claims), steps)
+
+
+# ---------------------------------------------------------------------------------- statistics
+
+def wilson(right, n, z=1.96):
+    """95 % interval of a proportion (Wilson 1927)."""
+    if not n:
+        return 0.0, 1.0
+    share, spread = right / n, z * z / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def paired_bootstrap(first, second, draws=2000, seed=0):
+    """Mean difference of two models on the same questions, with its 95 % interval."""
+    gaps = torch.tensor(first, dtype=torch.float64) - torch.tensor(second, dtype=torch.float64)
+    pick = torch.Generator().manual_seed(seed)
+    means = gaps[torch.randint(len(gaps), (draws, len(gaps)), generator=pick)].mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return gaps.mean().item(), low, high
+
+
+def pass_at_k(n, right, k):
+    """Chance that one of k answers drawn from n, `right` of them right, is right."""
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def ranks(values):
+    order = sorted(values)
+    return [(order.index(v) + len(order) - 1 - order[::-1].index(v)) / 2 for v in values]
+
+
+def spearman(a, b):
+    """Rank correlation, ties shared; None where one side never changes."""
+    if len(a) < 3 or len(set(a)) == 1 or len(set(b)) == 1:
+        return None
+    pair = torch.tensor([ranks(a), ranks(b)], dtype=torch.float64)
+    return torch.corrcoef(pair)[0, 1].item()
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+def summary(rows):
+    """Rows of one split -> figures. Intervals count questions, not samples."""
+    by_id = {}
+    for row in rows:
+        by_id.setdefault(row["id"], []).append(row["correct"])
+    n, samples = len(by_id), min(len(marks) for marks in by_id.values())
+    accuracy = mean(mean(marks) for marks in by_id.values())
+    figures = dict(n=n, accuracy=accuracy, interval=wilson(accuracy * n, n),
+                   format=mean(row["formatted"] for row in rows),
+                   length=mean(len(row["response_ids"]) for row in rows),
+                   truncated=mean(row["truncated"] for row in rows))
+    if rows[0]["faithful"] is not None:
+        figures["faithful"] = mean(row["faithful"] for row in rows)
+        figures["lucky"] = mean(row["correct"] and row["formatted"] and not row["faithful"]
+                                for row in rows)
+    if samples > 1:
+        figures["pass_at"] = {2 ** i: mean(pass_at_k(len(m), sum(m), 2 ** i)
+                                           for m in by_id.values())
+                              for i in range(samples.bit_length())}
+    return figures
+
+
+def summaries(rows):
+    """-> {split: figures, with the same figures per family under «families»}"""
+    result = {}
+    for split in dict.fromkeys(row["split"] for row in rows):
+        part = [row for row in rows if row["split"] == split]
+        result[split] = summary(part)
+        families = dict.fromkeys(row["family"] for row in part)
+        result[split]["families"] = {
+            family: summary([row for row in part if row["family"] == family])
+            for family in families}
+    return result
+
+
+# ---------------------------------------------------------------------------------- evaluation
+
+def evaluate(sampler, processor, examples, split="", samples=1, temperature=0.0, new_tokens=48,
+             rows_at_once=256, seed=0):
+    """Answers and grades every example -> rows, one for each answer, in the order of examples."""
+    rows, at_once = [], max(1, rows_at_once // samples)
+    for start in tqdm(range(0, len(examples), at_once), f"evaluate {split}", leave=False,
+                      disable=None):
+        some = [examples[i] for i in range(start, min(start + at_once, len(examples)))]
+        batch = processor.batch(some)
+        seeds = torch.arange(start, start + len(some)) + seed * 1_000_003
+        rollouts = sampler.generate(batch, samples, new_tokens, temperature, seeds)
+        for r, (ids, logprobs) in enumerate(zip(rollouts.rows(), rollouts.logprobs)):
+            b = r // samples
+            example, prompt = some[b], batch.ids[b, :batch.lengths[b]].tolist()
+            response = processor.decode(ids)
+            verdict = grade(response, example)
+            rows.append(dict(
+                id=example.id, split=split, family=example.family, prompt_ids=prompt,
+                response_ids=ids, logprobs=[round(x, 6) for x in logprobs[:len(ids)].tolist()],
+                prompt=example.question, response=response, answer=example.answer,
+                correct=verdict.correct, formatted=verdict.formatted, faithful=verdict.faithful,
+                truncated=not bool(rollouts.finished[r])))
+    return rows
+
+
+@dataclass
+class Config:
+    """Options of evaluate.py (without «study»)."""
+    model: str = option(None, "directory: a run's, or a downloaded checkpoint's")
+    against: str = option(None, "a second model on the same questions: paired bootstrap")
+    data: str = option("world", "world, or a .jsonl or .json file")
+    split: str = option("test,ood,text", "splits of the world: train, val, test, ood, text")
+    limit: int = option(600, "questions per split", least=1)
+    samples: int = option(1, "answers per question; above 1 also pass@k", least=1)
+    temperature: float = option(None, "0 is greedy (default: 0 for one sample, else 1)", least=0)
+    max_new_tokens: int = option(48, "longest answer", least=1)
+    out: str = option(None, "file for one JSON row per answer")
+    seed: int = option(0, "seed of sampled answers", least=0)
+    device: str = option(None, "cpu or cuda (default: what there is)")
+    skip_bad_rows: bool = option(False, "count and skip bad rows of a file instead of stopping")
+
+
+def answer_all(directory, c):
+    """Loads a model and answers every split that the options name."""
+    device = c.device or default_device()
+    model, processor = load(directory, device)
+    sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop,
+                      torch.bfloat16 if device == "cuda" else None)
+    temperature = c.temperature if c.temperature is not None else float(c.samples > 1)
+    rows = []
+    for split in c.split.split(",") if c.data == "world" else [pathlib.Path(c.data).stem]:
+        examples = data.load_dataset(c.data, split, skip_bad_rows=c.skip_bad_rows)
+        some = [examples[i] for i in range(min(c.limit, len(examples)))]
+        rows += evaluate(sampler, processor, some, split, c.samples, temperature,
+                         c.max_new_tokens, seed=c.seed)
+    return rows
+
+
+def print_figures(figures):
+    def line(name, f):
+        low, high = f["interval"]
+        known = f"{f['faithful']:8.1%} {f['lucky']:7.1%}" if "faithful" in f else ""
+        print(f"{name:16} {f['accuracy']:8.1%}  [{low:.1%}, {high:.1%}]  {f['format']:7.1%} "
+              f"{f['length']:6.1f} {known}")
+        if "pass_at" in f:
+            print(" " * 17 + "  ".join(f"pass@{k} {v:.1%}" for k, v in f["pass_at"].items()))
+
+    print(f"{'':16} accuracy  95 % interval     format length faithful   lucky")
+    for split, f in figures.items():
+        line(split, f)
+        for family, part in f["families"].items() if len(f["families"]) > 1 else ():
+            line("  " + family, part)
+
+
+def main(c):
+    if c.model is None:
+        raise CheckpointError("--model: which directory? e.g. --model runs/grpo")
+    rows = answer_all(c.model, c)
+    if c.out:
+        pathlib.Path(c.out).parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        pathlib.Path(c.out).write_text(text, encoding="utf-8")
+    print_figures(summaries(rows))
+    if c.against:
+        other = answer_all(c.against, c)
+        for split in dict.fromkeys(row["split"] for row in rows):
+            marks = [[r["correct"] for r in some if r["split"] == split] for some in (rows, other)]
+            gap, low, high = paired_bootstrap(*marks)
+            print(f"{split}: {c.model} minus {c.against}: {gap:+.1%} [{low:+.1%}, {high:+.1%}]")
+
+
+# ----------------------------------------------------------------------------------- the study
+
+@dataclass
+class StudyConfig:
+    """Options of evaluate.py study."""
+    preset: str = option("quick", "smoke: does everything run; quick: the comparison",
+                         ("smoke", "quick"))
+    out: str = option("runs/study", "directory of the study")
+    seeds: int = option(1, "runs per cell, each from the same base", least=1)
+    device: str = option(None, "cpu or cuda (default: what there is)")
+
+
+PRESETS = {
+    "quick": dict(base="--size m --steps 700 --keep 100", weak=100, sft="--examples 2000 --epochs 3",
+                  grpo="--examples 2000 --steps 80 --eval-every 10", limit=400),
+    "smoke": dict(base="--size s --steps 12 --keep 6 --batch 32 --eval-examples 12", weak=6,
+                  sft="--examples 128 --epochs 1 --eval-examples 12",
+                  grpo="--examples 64 --prompts 4 --steps 3 --eval-every 1 --eval-examples 12 "
+                       "--max-new-tokens 32", limit=24),
+}
+METHODS = {"base": "base", "sft": "SFT", "grpo": "GRPO", "sft-grpo": "SFT → GRPO"}
+SPLITS = {"test": "test", "ood": "out of distribution", "text": "text only"}
+
+
+@dataclass
+class Cell:
+    """One row of the table: a model, and the commands that make and evaluate it."""
+    name: str
+    strength: str                    # of the base: weak or strong
+    method: str                      # a key of METHODS
+    seed: int
+    model: str
+    command: str                     # makes the model; "" where an earlier command did
+    evaluation: str
+
+
+def study_cells(c):
+    """The study is a list of commands that a reader can paste, in this order."""
+    preset, out, cells = PRESETS[c.preset], pathlib.Path(c.out), []
+    end = f" --device {c.device}" if c.device else ""
+
+    def add(strength, method, seed, model, command):
+        name = f"{strength}-{method}" + (f"-{seed}" if c.seeds > 1 and method != "base" else "")
+        evaluation = (f"python evaluate.py --model {model} --limit {preset['limit']} "
+                      f"--out {out / 'answers' / name}.jsonl{end}")
+        cells.append(Cell(name, strength, method, seed, str(model),
+                          f"{command}{end} --resume" if command else "", evaluation))
+
+    add("strong", "base", 0, out / "base",
+        f"python sft.py --stage base --out {out / 'base'} {preset['base']}")
+    add("weak", "base", 0, out / "base" / f"step-{preset['weak']}", "")
+    for seed in range(c.seeds):
+        for strength, base in (("weak", cells[1].model), ("strong", cells[0].model)):
+            place = out / f"{strength}-{{}}-{seed}"
+            for method, init in (("sft", base), ("grpo", base),
+                                 ("sft-grpo", str(place).format("sft"))):
+                model, script = str(place).format(method), method.split("-")[-1]
+                add(strength, method, seed, model,
+                    f"python {script}.py --init {init} --out {model} --seed {seed} "
+                    f"{preset[script]}")
+    return cells
+
+
+def run_command(command, log):
+    """Prints a command, runs it beside this file, and keeps what it says."""
+    print(f"\n$ {command}", flush=True)
+    words = shlex.split(command)
+    words[:2] = [sys.executable, str(pathlib.Path(__file__).parent / words[1])]
+    begin = time.perf_counter()
+    with open(log, "a") as file:
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            file.write(line)
+        if process.wait():
+            sys.exit(f"error: that command ended with {process.returncode}; mend the cause and "
+                     "start the study again: it goes on here")
+    return time.perf_counter() - begin
+
+
+def read_rows(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def reward_curve(model):
+    """The deceptive-reward figures of a GRPO run -> points, Spearman ρ and regret, or None.
+
+    At each evaluation t: the mean training reward (and its parts) since the one before, and the
+    held-out accuracy. ρ is taken after the first third; below 0 the reward deceives. Regret is
+    the best held-out accuracy minus the last.
+    """
+    points, since = [], []
+    for row in read_rows(pathlib.Path(model) / "metrics.jsonl"):
+        if "reward" in row:
+            since.append(row)
+        elif "val_accuracy" in row and since:
+            points.append(dict(step=row["step"], held_out=row["val_accuracy"], **{
+                name: mean(r[name] for r in since)
+                for name in ("reward", "accuracy", "format", "length")}))
+            since = []
+    if not points:
+        return None
+    late = points[len(points) // 3:]
+    held_out = [p["held_out"] for p in points]
+    return dict(points=points, regret=max(held_out) - held_out[-1],
+                spearman=spearman([p["reward"] for p in late], [p["held_out"] for p in late]))
+
+
+def run_cell(cell, out):
+    """Trains and evaluates one cell -> its row of results.json."""
+    log = out / "answers" / f"{cell.name}.log"
+    seconds = run_command(cell.command, log) if cell.command else 0.0
+    evaluation_seconds = run_command(cell.evaluation, log)
+    rows = read_rows(out / "answers" / f"{cell.name}.jsonl")
+    return dataclasses.asdict(cell) | dict(
+        seconds=round(seconds, 1), evaluation_seconds=round(evaluation_seconds, 1),
+        splits=summaries(rows),
+        curve=reward_curve(cell.model) if cell.method.endswith("grpo") else None)
+
+
+def study(c):
+    """Runs the cells that are not there yet, then writes the reports."""
+    out = pathlib.Path(c.out)
+    (out / "answers").mkdir(parents=True, exist_ok=True)
+    path, done = out / "results.json", {}
+    if path.exists():
+        done = {cell["name"]: cell for cell in json.loads(path.read_text())["cells"]}
+    cells = study_cells(c)
+    for cell in tqdm(cells, "study", disable=None):
+        known = done.get(cell.name)
+        if known is None or (known["command"], known["evaluation"]) != (cell.command,
+                                                                        cell.evaluation):
+            done[cell.name] = run_cell(cell, out)
+            write_json(path, dict(preset=c.preset, machine=machine(), cells=[
+                done[some.name] for some in cells if some.name in done]))
+    results = json.loads(path.read_text())
+    (out / "report.md").write_text(report_markdown(results), encoding="utf-8")
+    (out / "report.html").write_text(report_html(results, out), encoding="utf-8")
+    print(f"\n{study_table(results)}\n\n{out / 'report.md'}, {out / 'report.html'}")
+
+
+def machine():
+    """What the numbers were measured on."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+
+
+# ---------------------------------------------------------------------------------- the report
+
+def percent(value, interval=None):
+    if interval is None:
+        return f"{100 * value:.1f}"
+    return f"{100 * value:.1f} [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
+
+
+def table_rows(results):
+    """The main table as lists of text, its header first."""
+    rows = [["base", "method", *SPLITS.values(), "faithful", "format", "tokens", "seconds"]]
+    for cell in sorted(results["cells"], key=lambda cell: cell["strength"] == "strong"):
+        test, seed = cell["splits"]["test"], f" (seed {cell['seed']})" if cell["seed"] else ""
+        rows.append([cell["strength"], METHODS[cell["method"]] + seed,
+                     *(percent(cell["splits"][s]["accuracy"], cell["splits"][s]["interval"])
+                       for s in SPLITS),
+                     percent(test["faithful"]), percent(test["format"]), f"{test['length']:.0f}",
+                     f"{cell['seconds']:.0f}"])
+    return rows
+
+
+def curve_rows(results):
+    rows = [["base", "run", "reward first → last", "accuracy part", "format part",
+             "held-out first → best → last", "ρ", "regret"]]
+    for cell in results["cells"]:
+        if cell["curve"]:
+            points = cell["curve"]["points"]
+            held_out, rho = [p["held_out"] for p in points], cell["curve"]["spearman"]
+            rows.append([cell["strength"], METHODS[cell["method"]], *(
+                f"{points[0][name]:.2f} → {points[-1][name]:.2f}"
+                for name in ("reward", "accuracy", "format")),
+                f"{held_out[0]:.1%} → {max(held_out):.1%} → {held_out[-1]:.1%}",
+                "–" if rho is None else f"{rho:+.2f}", percent(cell["curve"]["regret"])])
+    return rows
+
+
+def markdown_table(rows):
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def study_table(results):
+    """The main table with aligned columns, for a terminal."""
+    rows = table_rows(results)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths)) for row in rows)
+
+
+CAPTION = ("Accuracy in percent, greedy decoding, with 95 % Wilson intervals over the questions. "
+           "Faithful: right, and every step of the reasoning true. One seed is not evidence.")
+DECEPTION = ("ρ: Spearman rank correlation of training reward and held-out accuracy after the first "
+             "third of a run; below 0, the reward deceives. Regret: best minus last held-out "
+             "accuracy, in points.")
+
+
+def commands(results):
+    return [text for cell in results["cells"] for text in (cell["command"], cell["evaluation"])
+            if text]
+
+
+def report_markdown(results):
+    return "\n\n".join([
+        f"# SFT against GRPO, preset {results['preset']}", f"Measured on {results['machine']}.",
+        markdown_table(table_rows(results)), CAPTION, "## Reward against held-out accuracy",
+        markdown_table(curve_rows(results)), DECEPTION, "## Commands",
+        "```\n" + "\n".join(commands(results)) + "\n```\n"])
+
+
+def chart(title, points, names, width=420, height=230):
+    """A self-contained SVG of curves over steps, values 0 to the largest. names: {key: colour}"""
+    left, top, right, bottom = 40, 30, width - 12, height - 44
+    last = points[-1]["step"]
+    high = max(1.0, max(p[name] for p in points for name in names))
+
+    def place(step, value):
+        return (f"{left + (right - left) * step / last:.1f},"
+                f"{bottom - (bottom - top) * value / high:.1f}")
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+             f'width="{width}" font-family="sans-serif" font-size="12">'
+             f'<rect width="{width}" height="{height}" fill="#fff"/>'
+             f'<text x="{left}" y="18" font-weight="bold">{html.escape(title)}</text>']
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        y = bottom - (bottom - top) * tick / high
+        parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
+                     f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    for step in (0, last // 2, last):
+        x = left + (right - left) * step / last
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{step}</text>')
+    for i, (name, colour) in enumerate(names.items()):
+        line = " ".join(place(p["step"], p[name]) for p in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
+                     f'<text x="{left + 95 * i}" y="{height - 8}" fill="{colour}">'
+                     f'{name.replace("_", "-")}</text>')
+    return "".join(parts) + "</svg>"
+
+
+CURVES = {"held_out": "#0b6e4f", "reward": "#c1440e", "accuracy": "#7a7a7a", "format": "#3b6fb6"}
+
+
+def charts(results):
+    return [chart(f"{cell['strength']} base, {METHODS[cell['method']]}: reward and held-out "
+                  "accuracy", cell["curve"]["points"], CURVES)
+            for cell in results["cells"] if cell["curve"] and len(cell["curve"]["points"]) > 1]
+
+
+def html_table(rows):
+    cells = ["".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows]
+    head = cells[0].replace("td>", "th>")
+    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{c}</tr>" for c in cells[1:]) + "</table>"
+
+
+def rollout_html(cell, row):
+    """One answer, everything that the model wrote escaped, each step marked."""
+    example = data.world_example_of(row["id"])
+    verdict = grade(row["response"], example)
+    marks = {True: "true", False: "false", None: "filler"}
+    steps = "".join(f'<span class="{marks[true]}">{html.escape(text)}.</span> '
+                    for text, true in verdict.steps)
+    answer = html.escape(data.strip_answer(row["response"])[:MAX_ANSWER])
+    said = steps + f"<b>{answer}</b>" if verdict.formatted else html.escape(row["response"][:600])
+    kind = ("faithful" if verdict.faithful else "lucky" if verdict.correct and verdict.formatted
+            else "right" if verdict.correct else "wrong")
+    reward = verdict.correct + 0.1 * verdict.formatted
+    name = f"{cell['strength']} {METHODS[cell['method']]}"
+    return f'<tr><td>{name}</td><td>{said}</td><td class="{kind}">{kind}</td>' \
+           f"<td>{reward:.1f}</td></tr>"
+
+
+def rollouts_html(results, out, count=12):
+    """The same questions put to every model: picture, question, reasoning, reward."""
+    answers = {cell["name"]: {row["id"]: row for row in
+                              read_rows(out / "answers" / f"{cell['name']}.jsonl")}
+               for cell in results["cells"]}
+    parts = []
+    for index in range(count):
+        key = f"test/{index}"
+        example, buffer = data.world_example("test", index), io.BytesIO()
+        if all(key in rows for rows in answers.values()):
+            example.images[0].save(buffer, "PNG")
+            picture = base64.b64encode(buffer.getvalue()).decode()
+            rows = "".join(rollout_html(cell, answers[cell["name"]][key])
+                           for cell in results["cells"])
+            question = html.escape(example.question.replace(data.IMAGE, ""))
+            parts.append(
+                f'<section><img src="data:image/png;base64,{picture}" alt=""><div><h3>{question}'
+                f"</h3><p>right answer: <b>{html.escape(example.answer)}</b></p><table>{rows}"
+                "</table></div></section>")
+    return "".join(parts)
+
+
+STYLE = """body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:.6em 0}td,th{padding:.25em .7em;border-bottom:1px solid #ddd;
+text-align:left;vertical-align:top}pre{background:#f5f5f5;padding:1em;overflow-x:auto}
+section{display:flex;gap:1.2em;margin:1.6em 0;border-top:2px solid #ddd;padding-top:1em}
+section img{width:192px;height:192px;image-rendering:pixelated}h3{margin:0}svg{margin:.4em}
+.true,.faithful{color:#0b6e4f}.false,.wrong{color:#b3261e}.false{text-decoration:underline wavy}
+.filler{color:#777}.lucky{color:#b36b00}"""
+
+
+def report_html(results, out):
+    """One file without outside references."""
+    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>SFT against GRPO</title>'
+            f"<style>{STYLE}</style><h1>SFT against GRPO</h1><p>Preset {results['preset']}, on "
+            f"{html.escape(results['machine'])}.</p>{html_table(table_rows(results))}"
+            f"<p>{CAPTION}</p><h2>Reward against held-out accuracy</h2>{''.join(charts(results))}"
+            f"{html_table(curve_rows(results))}<p>{DECEPTION}</p><h2>Rollouts</h2><p>Green steps are "
+            f"true, red ones false; lucky is right with a false step.</p>"
+            f"{rollouts_html(results, out)}<h2>Commands</h2><pre>"
+            f"{html.escape(chr(10).join(commands(results)))}</pre></html>")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["study"]:
+        run_script(study, StudyConfig, "Every cell of the comparison, one command after the other.",
+                   sys.argv[2:])
+    else:
+        run_script(main, Config, __doc__)

@@ -1,0 +1,279 @@
+"""Reinforcement learning with a rule-based reward: GRPO and its family.
+
+    A_i  = (r_i - mean_group) / (std_group + 1e-4)              how much better than its siblings
+    w_t  = exp(log p(y_t) - log p_old(y_t))
+    loss = mean_i 1/|y_i| sum_t -min(w_t A_i, clip(w_t, 1-e, 1+e) A_i) + beta * KL_t
+
+Each choice in that formula is a named option, and --algorithm is a preset of them (see ALGORITHMS).
+With one update per rollout, the default, w_t is 1: clipping does nothing, and a loss near zero is
+normal. Watch reward, advantage and gradient norm; --minibatches 2 makes the ratio real.
+
+    python grpo.py                        GRPO from the base model (made if there is none)
+    python grpo.py --init runs/sft        SFT, then GRPO
+    python grpo.py --data FILE --init DIR on your own questions
+
+Departs from the paper: Muon beside AdamW, the reward's accuracy part is 0 or 1 with 0.1 for the
+format (theirs was not found), groups of 8 (theirs was not found).
+"""
+import copy
+import time
+from dataclasses import dataclass
+
+import torch
+
+import data
+from evaluate import default_device, grade, mean, option, run_script
+from kernels import Rollouts
+from model import load
+from sft import Run, RunConfig, base_model, pick
+
+
+@dataclass
+class Config(RunConfig):
+    """Options of grpo.py. Those from advantage to tis come from --algorithm where none is given."""
+    steps: int = option(100, "rollout steps", least=1)
+    lr: float = option(1e-4, "learning rate")
+    algorithm: str = option("grpo", "preset of the options from advantage to tis",
+                            ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo"))
+    advantage: str = option(None, "reward minus mean, by std, of the group; centred: no std; rloo: "
+                                  "minus mean of the others; batch: std of the batch",
+                            ("group", "centred", "rloo", "batch"))
+    ratio: str = option(None, "of a token, or of a sequence (GSPO)", ("token", "sequence"))
+    clip: str = option(None, "of the objective (PPO), or of the weight (CISPO)", ("ppo", "cispo"))
+    clip_low: float = option(None, "the ratio is clipped below 1 minus this")
+    clip_high: float = option(None, "and above 1 plus this; CISPO: the largest weight")
+    dual_clip: float = option(None, "with A < 0, the loss is at most -c A; 0: off")
+    aggregation: str = option(None, "sequence: mean of means; token: by tokens; constant: by rows "
+                                    "times max-new-tokens", ("sequence", "token", "constant"))
+    kl: str = option(None, "estimator of the KL to the initial model", ("k1", "k2", "k3"))
+    beta: float = option(None, "weight of that KL in the loss")
+    filter: str = option(None, "groups of equal reward", ("keep", "drop"))
+    overlong: str = option(None, "truncated answers: keep, mask, or DAPO's soft penalty",
+                           ("keep", "mask", "penalty"))
+    tis: float = option(None, "cap of truncated importance sampling; 0: off")
+    overlong_buffer: int = option(12, "tokens over which the penalty grows", least=1)
+    format_weight: float = option(0.1, "what the format adds to the reward")
+    prompts: int = option(32, "questions per step", least=1)
+    group: int = option(8, "rollouts per question", least=2)
+    minibatches: int = option(1, "optimizer steps per rollout", least=1)
+    temperature: float = option(1.0, "of sampling, in the loss too", least=1e-3)
+
+
+GRPO = dict(advantage="group", ratio="token", clip="ppo", clip_low=0.2, clip_high=0.2,
+            dual_clip=0.0, aggregation="sequence", kl="k3", beta=0.01, filter="keep",
+            overlong="keep", tis=0.0)
+ALGORITHMS = {
+    "grpo": GRPO,
+    "dapo": GRPO | dict(clip_high=0.28, aggregation="token", beta=0.0, filter="drop",
+                        overlong="penalty"),
+    "dr_grpo": GRPO | dict(advantage="centred", aggregation="constant", beta=0.0),
+    "gspo": GRPO | dict(ratio="sequence", clip_low=3e-4, clip_high=4e-4, beta=0.0),
+    "cispo": GRPO | dict(clip="cispo", clip_high=5.0, aggregation="token", beta=0.0),
+    "rloo": GRPO | dict(advantage="rloo", aggregation="token", beta=0.0),
+}
+
+
+# --------------------------------------------------------------------------- reward, advantage
+
+def reward_parts(response, length, example, c):
+    """-> the parts of a reward, or None where the grader itself fails (then the advantage is 0)."""
+    try:
+        verdict = grade(response, example)
+    except Exception:                # a bug in a grader must not teach the policy anything
+        return None
+    parts = dict(accuracy=float(verdict.correct), format=float(verdict.formatted))
+    if c.overlong == "penalty":      # DAPO, eq. 13
+        limit = c.max_new_tokens - c.overlong_buffer
+        parts["overlong"] = min(-(length - limit) / c.overlong_buffer, 0.0)
+    return parts
+
+
+def total_reward(parts, format_weight):
+    if parts is None:
+        return float("nan")
+    return parts["accuracy"] + format_weight * parts["format"] + parts.get("overlong", 0.0)
+
+
+def group_advantages(rewards, kind):
+    """GRPO's critic: how much better than its siblings each rollout did. (B, G) -> (B, G).
+
+    A reward that is not a number counts as the mean of its group, so its advantage is 0.
+    """
+    rewards = torch.where(rewards.isnan(), rewards.nanmean(1, keepdim=True), rewards).nan_to_num()
+    advantage = rewards - rewards.mean(1, keepdim=True)
+    if kind == "group":              # Dr. GRPO leaves this out: it favours very easy and very hard
+        advantage = advantage / (rewards.std(1, keepdim=True) + 1e-4)
+    elif kind == "rloo":             # minus the mean of the others
+        advantage = advantage * rewards.shape[1] / (rewards.shape[1] - 1)
+    elif kind == "batch":
+        advantage = advantage / (rewards.std() + 1e-4)
+    return advantage
+
+
+def equal_groups(rewards):
+    """(B, G) -> (B,) True where no rollout did better than another: no gradient comes from it."""
+    return (rewards == rewards[:, :1]).all(1)
+
+
+# ----------------------------------------------------------------------------------- objective
+
+def log_ratio(logprob, old, mask, level):
+    """log w: a token's own, or (GSPO) the mean over its answer. (R, N)"""
+    gap = (logprob - old) * mask
+    if level == "sequence":
+        gap = gap.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1) * mask
+    return gap
+
+
+def surrogate(logprob, old, advantage, mask, c):
+    """Loss of each token before aggregation. (R, N); advantage (R, 1)."""
+    w = log_ratio(logprob, old, mask, c.ratio).exp()
+    if c.clip == "cispo":
+        return -w.detach().clamp(max=c.clip_high) * advantage * logprob
+    clipped = w.clamp(1 - c.clip_low, 1 + c.clip_high)
+    loss = -torch.minimum(w * advantage, clipped * advantage)
+    if c.dual_clip:
+        loss = torch.where(advantage < 0, loss.clamp(max=-c.dual_clip * advantage), loss)
+    return loss
+
+
+def kl_estimate(logprob, reference, kind):
+    """Per-token KL to the reference (Schulman): k1 = d, k2 = d²/2, k3 = exp(-d) + d - 1."""
+    d = logprob - reference
+    return {"k1": d, "k2": d.square() / 2, "k3": (-d).exp() + d - 1}[kind]
+
+
+def aggregate(loss, mask, how, longest):
+    """(R, N) -> scalar. Rows without a counted token count nowhere, except in «constant»."""
+    loss = (loss * mask).sum(1)
+    lengths = mask.sum(1)
+    if how == "sequence":
+        return (loss / lengths.clamp(min=1)).sum() / (lengths > 0).sum().clamp(min=1)
+    if how == "token":
+        return loss.sum() / lengths.sum().clamp(min=1)
+    return loss.sum() / (len(lengths) * longest)
+
+
+def policy_loss(logprob, old, sampled, reference, advantage, mask, c):
+    """The whole objective of one minibatch. All (R, N), advantage (R, 1) -> scalar."""
+    loss = surrogate(logprob, old, advantage, mask, c)
+    if c.tis:                        # sampler and trainer differ: truncated importance sampling
+        loss = loss * (old - sampled).exp().clamp(max=c.tis).detach()
+    if c.beta:
+        loss = loss + c.beta * kl_estimate(logprob, reference, c.kl)
+    return aggregate(loss, mask, c.aggregation, c.max_new_tokens)
+
+
+# ------------------------------------------------------------------------------------ the loop
+
+@dataclass
+class Experience:
+    """The rollouts of one step and what is known of them; R = B * G rows, row r of prompt r // G."""
+    examples: list                   # B
+    rollouts: Rollouts
+    parts: list                      # R dicts of reward parts, None where the grader failed
+    rewards: torch.Tensor            # (B, G)
+    mask: torch.Tensor               # (R, N) the tokens that the loss counts
+    advantage: torch.Tensor          # (R, 1)
+    seconds: float                   # that sampling took
+
+
+def rollout(run, examples, step):
+    """Samples a group of answers to each question and rewards them."""
+    c, begin = run.config, time.perf_counter()
+    run.sampler.refresh()
+    seeds = (torch.arange(c.prompts) + c.prompts * (step + 1_000_003 * c.seed)) % 2 ** 31
+    rollouts = run.sampler.generate(run.processor.batch(examples), c.group, c.max_new_tokens,
+                                    c.temperature, seeds[:len(examples)])
+    answers, finished = rollouts.rows(), rollouts.finished
+    seconds = time.perf_counter() - begin
+    parts = [reward_parts(run.processor.decode(ids), len(ids), examples[r // c.group], c)
+             for r, ids in enumerate(answers)]
+    rewards = torch.tensor([total_reward(p, c.format_weight) for p in parts]).view(-1, c.group)
+    advantage = group_advantages(rewards, c.advantage).flatten()[:, None].to(c.device)
+    mask = rollouts.mask
+    if c.filter == "drop":
+        dropped = equal_groups(rewards).repeat_interleave(c.group).to(c.device)
+        mask = mask & ~dropped[:, None]
+    if c.overlong == "mask":
+        mask = mask & finished[:, None]
+    return Experience(examples, rollouts, parts, rewards, mask, advantage, seconds)
+
+
+def minibatches(run, e):
+    """-> [(prompts, their rows among the rollouts)], whole groups each."""
+    c, count = run.config, len(e.examples)
+    size = -(-count // c.minibatches)
+    return [(run.processor.batch(e.examples[i:i + size]).to(c.device),
+             slice(i * c.group, (i + size) * c.group)) for i in range(0, count, size)]
+
+
+def score(run, model, e, prompts, rows):
+    """Log-probs and entropies of rollout rows, under the distribution they were drawn from."""
+    c, r = run.config, e.rollouts
+    with run.autocast():
+        return model.score(prompts, r.ids[rows], r.mask[rows], c.group, run.sampler.banned,
+                           c.temperature)
+
+
+def update(run, reference, e):
+    """One optimizer step for each minibatch -> figures over all tokens of the rollouts."""
+    c, batches, sampled, counted = run.config, minibatches(run, e), e.rollouts.logprobs, []
+    with torch.no_grad():
+        base = [score(run, reference, e, *batch)[0] for batch in batches]
+        old = [score(run, run.model, e, *batch)[0] for batch in batches[1:] and batches]
+    for i, (prompts, rows) in enumerate(batches):
+        logprob, entropy = score(run, run.model, e, prompts, rows)
+        before = old[i] if old else logprob.detach()
+        loss = policy_loss(logprob, before, sampled[rows], base[i], e.advantage[rows],
+                           e.mask[rows], c)
+        norm = run.update(loss, e.examples)
+        tokens = e.rollouts.mask[rows]
+        counted.append(torch.stack([(before - sampled[rows]).abs()[tokens], entropy[tokens],
+                                    kl_estimate(logprob.detach(), base[i], "k3")[tokens],
+                                    (logprob.detach() - before).abs()[tokens]]))
+    gap, entropy, kl, moved = torch.cat(counted, 1)
+    return dict(loss=loss.item(), grad_norm=norm, entropy=entropy.mean().item(),
+                kl=kl.mean().item(), gap_mean=gap.mean().item(), gap_max=gap.max().item(),
+                log_ratio=moved.mean().item())
+
+
+def reward_figures(e, c):
+    """What the rollouts of a step were worth, each part of the reward apart."""
+    known = [parts for parts in e.parts if parts is not None]
+    names = known[0] if known else ()
+    lengths, finished = e.rollouts.lengths.float(), e.rollouts.finished.float()
+    return dict(reward=e.rewards.nanmean().item(),
+                **{name: mean(parts[name] for parts in known) for name in names},
+                reward_std=e.rewards.std(1).nanmean().item(),
+                equal_groups=equal_groups(e.rewards).float().mean().item(),
+                advantage=e.advantage.abs().mean().item(), length=lengths.mean().item(),
+                truncated=1 - finished.mean().item(), grader_failures=len(e.parts) - len(known))
+
+
+def main(c):
+    for name, value in ALGORITHMS[c.algorithm].items():
+        if getattr(c, name) is None:
+            setattr(c, name, value)
+    c.device, c.out = c.device or default_device(), c.out or "runs/grpo"
+    c.init = c.init or base_model(c.device)
+    model, processor = load(c.init, c.device)
+    reference = copy.deepcopy(model).requires_grad_(False)
+    examples = data.load_dataset(c.data, "train", skip_bad_rows=c.skip_bad_rows)
+    count = min(c.examples, len(examples)) if c.data == "world" else len(examples)
+    run = Run(c, model, processor, c.steps, c.lr, decay=False)
+
+    def one_step(step):
+        begin = time.perf_counter()
+        some = [examples[i] for i in pick(count, c.prompts, step, c.seed)]
+        e = rollout(run, some, step)
+        figures = reward_figures(e, c) | update(run, reference, e)
+        seconds = time.perf_counter() - begin
+        return figures | dict(tokens_per_second=int(e.rollouts.lengths.sum()) / e.seconds,
+                              rollout_share=e.seconds / seconds)
+
+    run.train(one_step)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

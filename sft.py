@@ -1,0 +1,354 @@
+"""Supervised fine-tuning: imitation as a sum of weighted token losses.
+
+    loss = sum_t w_t * l_t / number of tokens,     l_t = -log p(y_t | picture, question, y_<t)
+
+The weight w_t carries no gradient and is one small function: 1 is plain NLL (the paper's), others
+are DFT, TrSFT, LUFFY's shape and the entropy mask. The pictures, prompts, scorer, decoding and
+grader are those of grpo.py: a diff of the two files is the difference between imitation and
+exploration. What every training run needs stands here too: `Run` (metrics, atomic checkpoint,
+resume that is exact to the bit on a CPU, optimizers).
+
+    python sft.py                       makes the base if there is none, then SFT on 2,000 traces
+    python sft.py --stage base          the base model alone, from scratch
+    python sft.py --data FILE           SFT on your own rows, from scratch or from --init
+
+Departs from the paper: Muon on the matrices (torch.optim.Muon) beside AdamW, a model of 1.5 M
+parameters, traces written by the world instead of sampled from a larger model.
+"""
+import json
+import math
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+import data
+from evaluate import default_device, evaluate, option, run_script, summary
+from kernels import Sampler
+from model import SIZES, check_tensors, fresh, load, save, write_json, write_tensors
+
+
+@dataclass
+class RunConfig:
+    """Options that sft.py and grpo.py share."""
+    init: str = option(None, "directory of the model to start from (default: the world's base; for "
+                             "sft.py on a file, a random model)")
+    data: str = option("world", "world, or a .jsonl or .json file")
+    out: str = option(None, "run directory (default: runs/ and what the run is)")
+    examples: int = option(2000, "how many questions of the world to use: its first ones", least=1)
+    steps: int = option(None, "training steps", least=1)
+    lr: float = option(None, "peak learning rate")
+    warmup: int = option(20, "steps until the peak learning rate", least=0)
+    save_every: int = option(50, "steps between checkpoints", least=1)
+    eval_every: int = option(0, "steps between evaluations on the split val; 0: first and last",
+                             least=0)
+    eval_examples: int = option(240, "questions of an evaluation", least=1)
+    max_new_tokens: int = option(48, "longest answer", least=1)
+    seed: int = option(0, "seed of everything random", least=0)
+    device: str = option(None, "cpu or cuda (default: what there is)")
+    resume: bool = option(False, "go on where the run in OUT stopped")
+    skip_bad_rows: bool = option(False, "count and skip bad rows of a file instead of stopping")
+
+
+@dataclass
+class Config(RunConfig):
+    """Options of sft.py. lr is 3e-3 from scratch, else 1e-3; steps come from epochs, 700 for the
+    base of the world."""
+    stage: str = option("sft", "base: mixed pretraining from scratch; sft", ("base", "sft"))
+    size: str = option("m", "size of a model made from scratch", tuple(SIZES))
+    traces: str = option("canonical", "canonical, verbose, answer, or a file of rollouts")
+    epochs: int = option(3, "passes over the examples", least=1)
+    batch: int = option(64, "examples per step", least=1)
+    weight: str = option("nll", "token weight", ("nll", "dft", "trsft", "luffy", "entropy"))
+    keep: str = option("", "steps after which the model is also kept as OUT/step-N, e.g. 300,600")
+
+
+# ------------------------------------------------------------------------------- token weights
+
+def nll(p, entropy):
+    """Plain imitation."""
+    return torch.ones_like(p)
+
+
+def dft(p, entropy):
+    """Dynamic fine-tuning: unlikely tokens weigh less."""
+    return p
+
+
+def trsft(p, entropy, alpha=0.1):
+    """TrSFT (2512.17636): the gradient of -p / sg(max(p, alpha)); NLL where p >= alpha."""
+    return p / p.clamp(min=alpha)
+
+
+def luffy(p, entropy, gamma=0.1):
+    """LUFFY's shaping, p / (p + gamma)."""
+    return p / (p + gamma)
+
+
+def entropy_mask(p, entropy, share=0.2):
+    """MIFO (2510.04454): only the tokens of the highest entropy; the share is ours."""
+    return (entropy >= torch.quantile(entropy, 1 - share)).to(p)
+
+
+WEIGHTS = dict(nll=nll, dft=dft, trsft=trsft, luffy=luffy, entropy=entropy_mask)
+
+
+def imitation_loss(logprob, entropy, mask, weight):
+    """Sum of weighted token losses over the tokens of the batch. (B, N) -> scalar."""
+    logp = logprob[mask]
+    with torch.no_grad():
+        w = WEIGHTS[weight](logp.exp(), entropy[mask])
+    return -(w * logp).sum() / mask.sum()
+
+
+# -------------------------------------------------------------------------------------- a run
+
+class Run:
+    """The part of a training run that is the same for imitation and exploration.
+
+    Every draw (data order, sampler noise) is a function of (seed, step), so there is no state of
+    a random generator to keep: weights, optimizer state and the step are all.
+    """
+
+    def __init__(self, config, model, processor, steps, lr, decay):
+        self.config, self.model, self.processor = config, model, processor
+        self.steps, self.lr, self.decay, self.step = steps, lr, decay, 0
+        self.out = pathlib.Path(config.out)
+        self.state = self.out / "training" / "state.safetensors"
+        self.optimizers = make_optimizers(model, lr)
+        self.names = {p: name for name, p in model.named_parameters()}
+        self.claim()
+        self.sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop,
+                               torch.bfloat16 if config.device == "cuda" else None)
+        self.metrics = open(self.out / "metrics.jsonl", "a")
+
+    def claim(self):
+        """Takes the run directory: a new one, or with --resume the same options and its state."""
+        options, path = asdict(self.config), self.out / "run.json"
+        if not self.config.resume and (self.out / "metrics.jsonl").exists():
+            sys.exit(f"error: {self.out} already holds a run; go on with --resume, or choose "
+                     "another --out")
+        if self.config.resume and path.exists():
+            stored = json.loads(path.read_text())
+            for name in sorted(set(stored) & set(options) - {"resume", "device", "save_every"}):
+                if stored[name] != options[name]:
+                    sys.exit(f"error: --{name.replace('_', '-')}: the run in {self.out} has "
+                             f"{stored[name]!r}, now {options[name]!r}; give the same options to "
+                             "--resume, or choose another --out")
+        (self.out / "training").mkdir(parents=True, exist_ok=True)
+        write_json(path, options)
+        if self.config.resume and self.state.exists():
+            self.restore()
+        self.trim_metrics()
+
+    def restore(self):
+        tensors = load_file(self.state, device=self.config.device)
+        with safe_open(self.state, "pt") as file:
+            self.step = int(file.metadata()["step"])
+        weights = {n[6:]: t for n, t in tensors.items() if n.startswith("model/")}
+        check_tensors(self.model.state_dict(), weights, self.state)
+        self.model.load_state_dict(weights)
+        for optimizer in self.optimizers:
+            for p in optimizer.param_groups[0]["params"]:
+                prefix = f"optimizer/{self.names[p]}/"
+                state = {n[len(prefix):]: t for n, t in tensors.items() if n.startswith(prefix)}
+                if state:
+                    optimizer.state[p] = state
+
+    def trim_metrics(self):
+        """Forgets the rows of steps that will be done again."""
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text().splitlines() if self.step else []
+        kept = [line for line in lines if line.endswith("}") and
+                json.loads(line)["step"] <= self.step]
+        path.write_text("".join(line + "\n" for line in kept))
+
+    def save(self):
+        """First the whole state in one file, atomically; then the checkpoint that others open."""
+        tensors = {f"model/{n}": t for n, t in self.model.state_dict().items()}
+        for optimizer in self.optimizers:
+            for p, state in optimizer.state.items():
+                tensors.update({f"optimizer/{self.names[p]}/{k}": t for k, t in state.items()})
+        write_tensors(self.state, tensors, dict(step=str(self.step), steps=str(self.steps)))
+        save(self.model, self.processor, self.out)
+
+    def update(self, loss, examples):
+        """One optimizer step -> gradient norm. Stops on a loss that is not a number."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            ids = ", ".join(example.id for example in examples)
+            sys.exit(f"error: step {self.step + 1}: loss {loss.item()} or gradient norm "
+                     f"{norm.item()} is not finite; batch: {ids}. The last checkpoint in "
+                     f"{self.out} is intact; a lower --lr is the usual cure")
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = self.lr * self.schedule()
+            optimizer.step()
+        return norm.item()
+
+    def schedule(self):
+        """Linear warm-up; then constant, or with `decay` linear to a tenth."""
+        warm = min(1.0, (self.step + 1) / max(1, self.config.warmup))
+        return warm * (1 - 0.9 * self.step / self.steps if self.decay else 1)
+
+    def validate(self):
+        """Greedy accuracy on the split val (never trained on, not the test)."""
+        c = self.config
+        examples = data.load_dataset(c.data, "val", skip_bad_rows=c.skip_bad_rows)
+        some = [examples[i] for i in range(min(c.eval_examples, len(examples)))]
+        self.sampler.refresh()
+        figures = summary(evaluate(self.sampler, self.processor, some, "val",
+                                   new_tokens=c.max_new_tokens))
+        self.write(step=self.step, **{f"val_{k}": v for k, v in figures.items()})
+        low, high = figures["interval"]
+        tqdm.write(f"step {self.step}: val accuracy {figures['accuracy']:.1%} [{low:.1%}, "
+                   f"{high:.1%}], format {figures['format']:.1%}, {figures['length']:.1f} tokens")
+
+    def autocast(self):
+        """bf16 on CUDA, over fp32 weights; plain fp32 on a CPU."""
+        return torch.autocast(self.config.device, torch.bfloat16, self.config.device != "cpu")
+
+    def write(self, **row):
+        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.flush()
+
+    def train(self, one_step):
+        """The loop: `one_step(step)` -> figures, until all steps are done or Ctrl-C."""
+        c, stop = self.config, []
+        before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+        if self.step == 0:
+            self.validate()
+        bar = tqdm(range(self.step, self.steps), c.out, initial=self.step, total=self.steps,
+                   disable=None)
+        for _ in bar:
+            begin = time.perf_counter()
+            figures = one_step(self.step)
+            self.step += 1
+            seconds = time.perf_counter() - begin
+            self.write(step=self.step, **figures, seconds=round(seconds, 4))
+            bar.set_postfix({k: f"{v:.3g}" for k, v in list(figures.items())[:4]})
+            last = self.step == self.steps
+            if last or c.eval_every and self.step % c.eval_every == 0:
+                self.validate()
+            if last or stop or self.step % c.save_every == 0:
+                self.save()
+            if str(self.step) in getattr(c, "keep", "").split(","):
+                save(self.model, self.processor, self.out / f"step-{self.step}")
+            if stop:
+                sys.exit(f"stopped after step {self.step}; saved; go on with --resume")
+        signal.signal(signal.SIGINT, before)
+
+
+def make_optimizers(model, lr):
+    """Muon for the matrices of the layers, AdamW for tables, norms, biases and the convolution."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for n, p in named if p.ndim == 2 and ("layers." in n or "connector" in n)]
+    rest = [p for n, p in named if not any(p is m for m in matrices)]
+    return (torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0))
+
+
+def finished(out):
+    """Whether the run in a directory has done all its steps."""
+    state = pathlib.Path(out) / "training" / "state.safetensors"
+    if not state.exists():
+        return False
+    with safe_open(state, "pt") as file:
+        return file.metadata()["step"] == file.metadata()["steps"]
+
+
+def base_model(device):
+    """The directory of the world's base model, made by sft.py --stage base if there is none."""
+    command = ["sft.py", "--stage", "base", "--out", "runs/base", "--device", device, "--resume"]
+    if not finished("runs/base"):
+        print("no base model yet, making it: python", *command, flush=True)
+        here = pathlib.Path(__file__).parent
+        subprocess.run([sys.executable, here / command[0], *command[1:]], check=True)
+    return "runs/base"
+
+
+# ------------------------------------------------------------------------------------ the data
+
+def read_traces(path):
+    """Rollouts of evaluate.py --out on the world as examples: the right ones, as they stand."""
+    rows = [json.loads(line) for line in open(path, encoding="utf-8") if line.strip()]
+    examples = []
+    for row in rows:
+        if row.get("correct", True):
+            examples.append(replace(data.world_example_of(row["id"]), response=row["response"]))
+    if not examples:
+        raise data.DataError(f"{path}: no right answer among {len(rows)} rows")
+    return examples
+
+
+def training_examples(c):
+    """-> what this run imitates, a sequence of Example."""
+    if c.data != "world":
+        return data.load_dataset(c.data, "train", skip_bad_rows=c.skip_bad_rows)
+    if c.stage == "base":
+        return data.World("base", size=c.steps * c.batch)
+    if c.traces not in ("canonical", "verbose", "answer"):
+        return read_traces(c.traces)
+    return data.World("train", c.traces, c.examples)
+
+
+def vocabulary_examples(c, examples):
+    """The text that the tokenizer of a model from scratch is trained on."""
+    if c.data != "world":
+        return [examples[i] for i in range(min(5000, len(examples)))]
+    verbose, base = data.World("train", "verbose"), data.World("base")
+    return [base[i] for i in range(3000)] + [verbose[i] for i in range(600)]
+
+
+def pick(count, batch, step, seed):
+    """Indices of the examples of a step: a new shuffle in each epoch, from (seed, epoch)."""
+    batch = min(batch, count)
+    epoch, place = divmod(step, count // batch)
+    order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=order)[place * batch:(place + 1) * batch].tolist()
+
+
+# ------------------------------------------------------------------------------------ the loop
+
+def main(c):
+    c.device, c.out = c.device or default_device(), c.out or f"runs/{c.stage}"
+    scratch = c.stage == "base" or c.init is None and c.data != "world"
+    c.lr = c.lr or (3e-3 if scratch else 1e-3)
+    c.steps = c.steps or (700 if c.stage == "base" and c.data == "world" else None)
+    examples = training_examples(c)
+    c.steps = c.steps or c.epochs * max(1, len(examples) // c.batch)
+    if scratch:
+        model, processor = fresh(c.size, vocabulary_examples(c, examples), c.seed)
+        model.to(c.device)
+    else:
+        c.init = c.init or base_model(c.device)
+        model, processor = load(c.init, c.device)
+    run = Run(c, model, processor, c.steps, c.lr, decay=True)
+
+    def one_step(step):
+        some = [examples[i] for i in pick(len(examples), c.batch, step, c.seed)]
+        prompts = processor.batch(some).to(c.device)
+        ids, lengths = data.pad_rows([processor.response_ids(e.response) for e in some],
+                                     processor.pad)
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(c.device)
+        with run.autocast():
+            logprob, entropy = model.score(prompts, ids.to(c.device), mask)
+            loss = imitation_loss(logprob, entropy, mask, c.weight)
+        norm = run.update(loss, some)
+        return dict(loss=loss.item(), entropy=entropy.sum().item() / mask.sum().item(),
+                    grad_norm=norm, tokens=int(mask.sum()))
+
+    run.train(one_step)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

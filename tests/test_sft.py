@@ -1,0 +1,181 @@
+"""Imitation: the weights, the optimizers, and what every run needs: resume, errors, metrics."""
+import json
+import math
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import evaluate
+import grpo
+import model as models
+import sft
+
+ROOT = pathlib.Path(__file__).parents[1]
+ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="2", CUDA_VISIBLE_DEVICES="")
+ENVIRONMENT.pop("TRITON_INTERPRET", None)
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """A model of size s that has not learnt anything yet."""
+    out = tmp_path_factory.mktemp("start")
+    models.save(*models.fresh("s", [data.base_example(i) for i in range(2000)], 0), out)
+    return out
+
+
+def command(script, out, start, *more):
+    common = [sys.executable, str(ROOT / script), "--init", str(start), "--out", str(out), "--device",
+              "cpu", "--steps", "8", "--save-every", "1", "--eval-examples", "6", "--examples", "64"]
+    size = ["--batch", "8"] if script == "sft.py" else ["--prompts", "2", "--group", "4",
+                                                       "--max-new-tokens", "12"]
+    return common + size + list(more)
+
+
+def run(words):
+    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
+
+
+def metrics(out):
+    return [json.loads(line) for line in open(pathlib.Path(out) / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("script, more", [("sft.py", []), ("grpo.py", ["--minibatches", "2"])])
+def test_killed_and_resumed_is_never_killed(tmp_path, start, script, more):
+    """A resume that forgets the optimizer, the sampler or the data order repeats or skips data.
+
+    SIGKILL at random moments after the first checkpoint, until the run is through: the same
+    weights, optimizer state and metrics, bit for bit.
+    """
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = run(command(script, whole, start, *more))
+    assert done.returncode == 0, done.stderr
+    rng, kills = random.Random(script), 0
+    while not sft.finished(broken):
+        process = subprocess.Popen(command(script, broken, start, "--resume", *more),
+                                   env=ENVIRONMENT, stdout=subprocess.DEVNULL, cwd=ROOT)
+        before = (broken / "metrics.jsonl").stat().st_size if kills else 0
+        while process.poll() is None and kills < 3:
+            path = broken / "metrics.jsonl"
+            if path.exists() and path.stat().st_size > before + 300:
+                time.sleep(rng.random() * 0.2)
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.005)
+        assert process.wait() in (0, -signal.SIGKILL)
+    assert kills
+    for name in ("model.safetensors", "training/state.safetensors"):
+        first, second = load_file(whole / name), load_file(broken / name)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    for one, two in zip(metrics(whole), metrics(broken), strict=True):
+        for key in one.keys() - {"seconds", "tokens_per_second", "rollout_share"}:
+            assert one[key] == two[key], key
+
+
+def test_ctrl_c_saves(tmp_path, start):
+    process = subprocess.Popen(command("sft.py", tmp_path, start)[:-2] + ["--steps", "2000"],
+                               env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 4:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode and "saved; go on with --resume" in said
+    assert (tmp_path / "training" / "state.safetensors").exists()
+
+
+def test_a_second_run_does_not_overwrite_the_first(tmp_path, start):
+    assert run(command("sft.py", tmp_path, start, "--steps", "1")).returncode == 0
+    again = run(command("sft.py", tmp_path, start, "--steps", "1"))
+    assert again.returncode and "already holds a run" in again.stderr
+    other = run(command("sft.py", tmp_path, start, "--steps", "1", "--resume", "--lr", "5"))
+    assert other.returncode and "--lr: the run in" in other.stderr
+
+
+def test_a_loss_that_is_not_a_number_stops(tmp_path, start):
+    """It names the step and the batch, and the last checkpoint stays as it was."""
+    done = run(command("sft.py", tmp_path, start, "--lr", "1e30", "--warmup", "0"))
+    assert done.returncode and "not finite" in done.stderr and "batch: train/" in done.stderr
+    model, _ = models.load(tmp_path)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_missing_model_is_one_clear_line(tmp_path):
+    done = run(command("grpo.py", tmp_path / "out", tmp_path / "nowhere"))
+    assert done.returncode and "config.json is missing" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_weights():
+    """Each is the gradient of the published loss: checked against autograd of that loss."""
+    logit = torch.tensor([-3.0, -1.0, 0.5, 2.0], requires_grad=True)
+    p = torch.sigmoid(logit)
+    entropy = torch.tensor([0.1, 0.9, 0.5, 0.2])
+    published = {"nll": -p.log(), "dft": -p.detach() * p.log(),
+                 "trsft": -p / p.clamp(min=0.1).detach(),
+                 "luffy": -(p / (p + 0.1)).detach() * p.log()}
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    for name, loss in published.items():
+        expected, = torch.autograd.grad(loss.sum() / 4, logit, retain_graph=True)
+        ours = sft.imitation_loss(torch.sigmoid(logit).log()[None], entropy[None], mask, name)
+        assert torch.allclose(torch.autograd.grad(ours, logit)[0], expected), name
+    weight = sft.entropy_mask(p, entropy, 0.5)
+    assert weight.tolist() == [0, 1, 1, 0]
+    assert sft.trsft(torch.tensor([0.05, 0.2]), None).tolist() == [0.5, 1]
+
+
+def test_loss_counts_tokens_only():
+    logprob = torch.tensor([[-1.0, -2.0, 0.0], [-3.0, 0.0, 0.0]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert sft.imitation_loss(logprob, -logprob, mask, "nll").item() == 2.0
+
+
+def test_data_order():
+    """Every example once an epoch, another order in each, the same again for the same seed."""
+    epochs = [sum((sft.pick(20, 5, e * 4 + s, 0) for s in range(4)), []) for e in range(3)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert epochs[0] != epochs[1] and sft.pick(20, 5, 3, 0) == epochs[0][15:]
+    assert sft.pick(20, 5, 0, 1) != epochs[0][:5] and sorted(sft.pick(3, 8, 5, 0)) == [0, 1, 2]
+
+
+def test_optimizers_share_the_parameters():
+    """Every parameter in exactly one of Muon and AdamW; only matrices of layers in Muon."""
+    model, _ = models.fresh("s", [data.base_example(i) for i in range(50)], 0)
+    muon, adam = sft.make_optimizers(model, 1e-3)
+    first, second = ({id(p) for p in o.param_groups[0]["params"]} for o in (muon, adam))
+    assert not first & second and first | second == {id(p) for p in model.parameters()}
+    assert id(model.lm_head.weight) in second
+
+
+def test_file_of_rollouts_as_traces(tmp_path, start):
+    """Rejection sampling is: write rollouts, train on the right ones."""
+    rows = [dict(id=f"train/{i}", response=f"<answer>{i}</answer>", correct=i % 2 == 0)
+            for i in range(6)]
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [e.response for e in sft.read_traces(path)] == [f"<answer>{i}</answer>" for i in (0, 2, 4)]
+    path.write_text(json.dumps(rows[1]))
+    with pytest.raises(data.DataError, match="no right answer"):
+        sft.read_traces(path)
+
+
+def test_learns_by_heart(tmp_path, start):
+    """Forty steps on eight examples: greedy answers are the traces (the whole loop learns)."""
+    c = sft.Config(init=str(start), out=str(tmp_path), device="cpu", examples=8, batch=8, steps=60,
+                   warmup=5, lr=5e-3, eval_examples=1, traces="answer")
+    sft.main(c)
+    model, processor = models.load(tmp_path)
+    from kernels import Sampler
+    rows = evaluate.evaluate(Sampler(model, processor.banned(model.vocabulary), processor.stop),
+                             processor, [data.world_example("train", i) for i in range(8)])
+    assert sum(row["correct"] for row in rows) >= 7
+    assert metrics(tmp_path)[-2]["loss"] < 0.1 < math.log(100) < metrics(tmp_path)[1]["loss"] + 3
