@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 MAX_PIXELS = 32_000_000              # a larger image is refused before it is decoded
+CHECKED = set()                      # image files and bytes that were decoded without error
 IMAGE = "<image>"
 
 
@@ -63,11 +64,11 @@ def bare(answer):
 
 CELL, SIDE = 16, 4                   # 4 x 4 cells of 16 pixels: one image token sees one cell
 COLOURS = {"red": (214, 40, 40), "green": (44, 160, 70), "blue": (40, 90, 220),
-           "yellow": (235, 200, 30), "purple": (140, 60, 180)}
-SHAPES = ("circle", "square", "triangle", "diamond")
-HELD_OUT = {("red", "triangle"), ("blue", "circle"), ("yellow", "square")}  # never in training
+           "yellow": (235, 200, 30)}
+SHAPES = ("circle", "square", "triangle")
+HELD_OUT = {("red", "triangle"), ("blue", "circle")}        # never seen in training
 SPLITS = ("train", "val", "test", "ood", "text")
-OBJECTS = {"ood": (9, 12)}           # how many objects; everywhere else (3, 8)
+OBJECTS = {"ood": (7, 9)}            # how many objects; everywhere else (2, 6)
 
 
 class Thing(NamedTuple):
@@ -103,7 +104,7 @@ def allowed_pairs(held_out):
 
 def make_scene(rng, split):
     """Redraws until the scene belongs to this split, so that no two splits share a scene."""
-    low, high = OBJECTS.get(split, (3, 8))
+    low, high = OBJECTS.get(split, (2, 6))
     while True:
         things = draw_things(rng, low, high, allowed_pairs(split == "ood"))
         if split == "ood":
@@ -119,15 +120,13 @@ def paint(things):
     pen = ImageDraw.Draw(image)
     for thing in things:
         x1, y1, x2, y2 = thing.box
-        middle_x, middle_y, fill = (x1 + x2) / 2, (y1 + y2) / 2, COLOURS[thing.colour]
+        middle_x, fill = (x1 + x2) / 2, COLOURS[thing.colour]
         if thing.shape == "circle":
             pen.ellipse(thing.box, fill)
         elif thing.shape == "square":
             pen.rectangle(thing.box, fill)
-        elif thing.shape == "triangle":
-            pen.polygon([(middle_x, y1), (x2, y2), (x1, y2)], fill)
         else:
-            pen.polygon([(middle_x, y1), (x2, middle_y), (middle_x, y2), (x1, middle_y)], fill)
+            pen.polygon([(middle_x, y1), (x2, y2), (x1, y2)], fill)
     return image
 
 
@@ -170,13 +169,6 @@ def pick_two(rng, things):
     return first, second, len(matching(things, first)), len(matching(things, second))
 
 
-@dataclass
-class Question:
-    fill: dict                       # what the wording needs
-    steps: list                      # claims (kind, values) that lead to the answer, see CLAIMS
-    answer: str
-
-
 def count_step(phrase, count):
     return "count", dict(a=plural(phrase), n=count)
 
@@ -185,45 +177,32 @@ def arithmetic_step(x, sign, y):
     return "arithmetic", dict(x=x, sign=sign, y=y, n={"+": x + y, "-": x - y, "*": x * y}[sign])
 
 
-def ask_count(rng, things):
+# Each ask_* returns what the wording needs, the claims (see CLAIMS) that lead there, the answer.
+
+def ask_count(rng, things, family):
     phrase = pick_phrase(rng, things, rng.choice(("shape", "colour", "pair")))
     count = len(matching(things, phrase))
-    return Question(dict(a=plural(phrase)), [count_step(phrase, count)], str(count))
+    return (dict(a=plural(phrase)), [count_step(phrase, count)], str(count))
 
 
-def ask_sum(rng, things):
-    a, b, count_a, count_b = pick_two(rng, things)
-    steps = [count_step(a, count_a), count_step(b, count_b), arithmetic_step(count_a, "+", count_b)]
-    return Question(dict(a=plural(a), b=plural(b)), steps, str(count_a + count_b))
-
-
-def ask_cost(rng, things):
-    a, b, count_a, count_b = pick_two(rng, things)
+def ask_pair(rng, things, family):
+    """The four families that count two phrases and do something with the counts."""
+    a, b, n, m = pick_two(rng, things)
     x, y = rng.randint(2, 5), rng.randint(2, 5)
-    steps = [count_step(a, count_a), count_step(b, count_b), arithmetic_step(count_a, "*", x),
-             arithmetic_step(count_b, "*", y), arithmetic_step(count_a * x, "+", count_b * y)]
-    return Question(dict(a=a, b=b, x=x, y=y), steps, str(count_a * x + count_b * y))
+    if n < m if family == "difference" else rng.random() < 0.5:
+        a, b, n, m = b, a, m, n
+    sign = ">" if n > m else "<" if n < m else "="
+    end, answer = {
+        "sum": ([arithmetic_step(n, "+", m)], n + m),
+        "cost": ([arithmetic_step(n, "*", x), arithmetic_step(m, "*", y),
+                  arithmetic_step(n * x, "+", m * y)], n * x + m * y),
+        "difference": ([arithmetic_step(n, "-", m)], n - m),
+        "comparison": ([("compare", dict(x=n, sign=sign, y=m))], "yes" if n > m else "no")}[family]
+    fill = dict(a=a, b=b, x=x, y=y) if family == "cost" else dict(a=plural(a), b=plural(b))
+    return (fill, [count_step(a, n), count_step(b, m), *end], str(answer))
 
 
-def ask_difference(rng, things):
-    a, b, count_a, count_b = pick_two(rng, things)
-    if count_a < count_b:
-        a, b, count_a, count_b = b, a, count_b, count_a
-    steps = [count_step(a, count_a), count_step(b, count_b), arithmetic_step(count_a, "-", count_b)]
-    return Question(dict(a=plural(a), b=plural(b)), steps, str(count_a - count_b))
-
-
-def ask_comparison(rng, things):
-    a, b, count_a, count_b = pick_two(rng, things)
-    if count_a != count_b and (count_a > count_b) != (rng.random() < 0.5):
-        a, b, count_a, count_b = b, a, count_b, count_a
-    sign = ">" if count_a > count_b else "<" if count_a < count_b else "="
-    steps = [count_step(a, count_a), count_step(b, count_b),
-             ("compare", dict(x=count_a, sign=sign, y=count_b))]
-    return Question(dict(a=plural(a), b=plural(b)), steps, "yes" if sign == ">" else "no")
-
-
-def ask_location(rng, things):
+def ask_location(rng, things, family):
     """None where nothing on the table is the only one of its kind."""
     single = [t for t in things if len(matching(things, f"{t.colour} {t.shape}")) == 1]
     if not single:
@@ -231,22 +210,22 @@ def ask_location(rng, things):
     thing = rng.choice(single)
     name = f"{thing.colour} {thing.shape}"
     steps = [("place", dict(a=name, row=thing.row, column=thing.column))]
-    return Question(dict(a=name), steps, str(list(thing.box)))
+    return (dict(a=name), steps, str(list(thing.box)))
 
 
 # family: (how to ask, wordings in training; the last wording is held out for the split ood)
 FAMILIES = {
     "count": (ask_count, ("How many {a} are there?", "How many {a} do you see?",
                           "What is the number of {a}?")),
-    "sum": (ask_sum, ("How many {a} and {b} are there together?",
+    "sum": (ask_pair, ("How many {a} and {b} are there together?",
                       "What do {a} and {b} add up to?", "{a} plus {b}: how many in total?")),
-    "cost": (ask_cost, ("Each {a} costs {x} and each {b} costs {y}. What do they cost together?",
+    "cost": (ask_pair, ("Each {a} costs {x} and each {b} costs {y}. What do they cost together?",
                         "Price of a {a}: {x}, of a {b}: {y}. What does everything cost?",
                         "For {x} per {a} and {y} per {b}, what is the total?")),
-    "difference": (ask_difference, ("How many more {a} than {b} are there?",
+    "difference": (ask_pair, ("How many more {a} than {b} are there?",
                                     "By how many do {a} outnumber {b}?",
                                     "Take the number of {b} from the number of {a}. What is left?")),
-    "comparison": (ask_comparison, ("Are there more {a} than {b}?",
+    "comparison": (ask_pair, ("Are there more {a} than {b}?",
                                     "Do {a} outnumber {b}?", "Is the number of {a} above that of {b}?")),
     "location": (ask_location, ("Where is the {a}?", "Find the {a}.", "Which box holds the {a}?")),
 }
@@ -317,12 +296,6 @@ def check_steps(scene, text):
 
 # ---------------------------------------------------------------- the tabletop world: examples
 
-def trace(question, style, rng):
-    if style == "answer":
-        return bare(question.answer)
-    return reasoned(rationale(question.steps, style, rng), question.answer)
-
-
 def world_example(split, index, style="canonical"):
     """Example `index` of a split: the same on every machine, whatever else was drawn before."""
     if split not in SPLITS:
@@ -333,16 +306,17 @@ def world_example(split, index, style="canonical"):
     question = None
     while question is None:
         scene = make_scene(rng, split)
-        question = ask(rng, scene)
+        question = ask(rng, scene, family)
     wording = wordings[-1] if split == "ood" else rng.choice(wordings[:-1])
-    text = wording.format(**question.fill)
+    fill, steps, answer = question
+    text = wording.format(**fill)
     text = text[0].upper() + text[1:]
     if split == "text":
         text, images = f"The table: {describe(scene)} {text}", []
     else:
         text, images = IMAGE + text, [paint(scene)]
-    return Example(f"{split}/{index}", text, question.answer, trace(question, style, rng), images,
-                   family=family, scene=scene)
+    response = bare(answer) if style == "answer" else reasoned(rationale(steps, style, rng), answer)
+    return Example(f"{split}/{index}", text, answer, response, images, family=family, scene=scene)
 
 
 def world_example_of(name):
@@ -355,22 +329,23 @@ def world_example_of(name):
 
 SEEING = 16_000                      # examples of the base in which captions and lists prevail
 BASE_MIX = {  # kind of pretraining example: (share while it learns to see, share afterwards)
-    "caption": (15, 4), "counts": (40, 12), "boxes": (15, 6), "answer": (15, 45),
-    "reasoned": (8, 15), "text": (7, 18)}
+    "caption": (20, 4), "counts": (45, 32), "boxes": (10, 8), "answer": (10, 30),
+    "reasoned": (8, 14), "text": (7, 12)}
 
 
-def list_counts(rng, things):
-    """Five phrases to count: where a small model learns to count what is asked for."""
-    kinds = ("shape", "colour", "pair", "shape", "colour")
-    phrases = [pick_phrase(rng, things, kind) for kind in kinds]
-    question = "Count " + ", ".join(map(plural, phrases)) + "."
+def list_counts(rng, things, shuffled):
+    """Every shape and colour: where a small model learns to count, then to count what is named."""
+    phrases = [*SHAPES, *(f"{colour} shape" for colour in COLOURS)]
+    if shuffled:
+        rng.shuffle(phrases)
+        phrases[4:] = [pick_phrase(rng, things, "pair") for _ in range(2)]
     steps = [count_step(phrase, len(matching(things, phrase))) for phrase in phrases]
-    return question, rationale(steps, "canonical")
+    return "Count everything.", rationale(steps, "canonical")
 
 
 def list_boxes(rng, things):
     some = rng.sample(things, min(3, len(things)))
-    question = "Box " + ", ".join(f"{t.colour} {t.shape} row {t.row}" for t in some) + "."
+    question = "Box " + ", ".join(f"{t.colour} {t.shape}" for t in some) + "."
     return question, " ".join(f"{t.colour} {t.shape}: {list(t.box)}." for t in some)
 
 
@@ -387,10 +362,13 @@ def base_example(index):
     if kind == "text":
         question = f"The table: {describe(example.scene)} {question.removeprefix(IMAGE)}"
         images = []
-    elif kind in ("caption", "counts", "boxes"):
-        ask = {"caption": lambda _, things: ("Describe the table.", describe(things)),
-               "counts": list_counts, "boxes": list_boxes}[kind]
-        question, response = ask(rng, example.scene)
+    elif kind == "caption":
+        question, response = "Describe the table.", describe(example.scene)
+    elif kind == "counts":
+        question, response = list_counts(rng, example.scene, index >= SEEING)
+    elif kind == "boxes":
+        question, response = list_boxes(rng, example.scene)
+    if images and not question.startswith(IMAGE):
         question = IMAGE + question
     return replace(example, question=question, response=response, images=images)
 
@@ -413,34 +391,31 @@ class World:
 # ------------------------------------------------------------------------------- JSONL files
 
 def open_image(source, where):
-    """PIL image, bytes or path -> RGB picture. Refuses what is not one, or is too large."""
+    """PIL image, bytes or path -> RGB picture; refuses what is not one, or is too large."""
     if isinstance(source, Image.Image):
         return source
-    name = source if isinstance(source, (str, pathlib.Path)) else "embedded image"
+    name = "embedded image" if isinstance(source, bytes) else source
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        if image.width * image.height > MAX_PIXELS:
-            raise DataError(f"{where}: {name} has {image.width}x{image.height} pixels, more than "
-                            f"{MAX_PIXELS:,}; make it smaller or remove the row")
-        return image.convert("RGB")
+        if image.width * image.height <= MAX_PIXELS:
+            return image.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{where}: image {name} does not exist") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{where}: {name} is not a readable image ({error})") from None
+    raise DataError(f"{where}: {name} has {image.width}x{image.height} pixels, more than "
+                    f"{MAX_PIXELS:,}; make it smaller or remove the row")
 
 
 def image_source(value, root, where):
     """A path inside `root`, or the bytes of an embedded image."""
-    if isinstance(value, dict):
-        if value.get("bytes"):
-            try:
-                return base64.b64decode(value["bytes"], validate=True)
-            except (ValueError, TypeError) as error:
-                raise DataError(f"{where}: field image: bytes are not base64 ({error})") from None
-        value = value.get("path")
-    if not isinstance(value, str):
+    if isinstance(value, dict) and value.get("bytes"):
+        try:
+            return base64.b64decode(value["bytes"], validate=True)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{where}: field image: bytes are not base64 ({error})") from None
+    value = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(value, str) or "\0" in value:
         raise DataError(f"{where}: field image: expected a path, got {value!r}")
     path = (root / value).resolve()
     if not path.is_relative_to(root.resolve()):
@@ -452,78 +427,72 @@ def first(row, *names):
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
-def row_images(row, root, where):
-    value = first(row, "images", "image", "image_path")
-    values = [] if value is None else value if isinstance(value, list) else [value]
-    return [image_source(item, root, where) for item in values]
-
-
-def turn_text(content, where):
-    if isinstance(content, list):      # OpenAI and TRL: [{"type": "text" | "image", ...}]
-        parts = [IMAGE if part.get("type") == "image" else part.get("text", "") for part in content]
-        return "".join(parts)
-    if not isinstance(content, str):
-        raise DataError(f"{where}: field messages: expected text, got {content!r}")
-    return content
+def message_turns(messages, where):
+    """Chat messages -> {"system" | "user" | "assistant": text}; one question, one answer."""
+    names, turns = {"human": "user", "gpt": "assistant"}, {}
+    for message in messages:
+        message = message if isinstance(message, dict) else {}
+        role, content = first(message, "role", "from"), first(message, "content", "value")
+        role = names.get(role, role) if isinstance(role, str) else role
+        if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+            content = "".join(IMAGE if part.get("type") == "image" else str(part.get("text", ""))
+                              for part in content)
+        if role not in ("system", "user", "assistant") or role in turns or \
+                not isinstance(content, str):
+            raise DataError(f"{where}: field messages: expected one user turn and at most one "
+                            f"system and one assistant turn with text, got {message!r:.80}")
+        turns[role] = content
+    return turns
 
 
 def row_turns(row, where):
-    """-> {"system": ..., "user": ..., "assistant": ...} from any of the layouts, or an error."""
+    """The turns of a row in any layout: messages, or fields for question and response."""
     messages = first(row, "messages", "conversations")
     if messages is None and isinstance(row.get("prompt"), list):
-        messages = row["prompt"]
-        if isinstance(row.get("completion"), list):
-            messages = messages + row["completion"]
-    names = {"human": "user", "gpt": "assistant"}
-    turns = {}
-    if messages is not None:
-        for message in messages:
-            role = first(message, "role", "from")
-            role = names.get(role, role)
-            if role not in ("system", "user", "assistant") or role in turns:
-                raise DataError(f"{where}: field messages: expected one user turn and at most one "
-                                f"system and one assistant turn, got a further {role!r}")
-            turns[role] = turn_text(first(message, "content", "value"), where)
+        completion = row.get("completion")
+        messages = row["prompt"] + (completion if isinstance(completion, list) else [])
+    if isinstance(messages, list):
+        turns = message_turns(messages, where)
     else:
-        turns["user"] = first(row, "problem", "question", "prompt")
-        if turns["user"] is None and row.get("instruction") is not None:
-            parts = (row["instruction"], row.get("input"))
-            turns["user"] = "\n".join(filter(None, parts))
+        user = first(row, "problem", "question", "prompt")
+        if user is None and isinstance(row.get("instruction"), str):
+            user = row["instruction"] + (f"\n{row['input']}" if row.get("input") else "")
+        turns = dict(user=user, assistant=first(row, "completion", "output"))
     if isinstance(row.get("system"), str):
         turns["system"] = row["system"]
     if not isinstance(turns.get("user"), str) or not turns["user"].strip():
-        raise DataError(f"{where}: no question: expected one of the fields question, problem, "
-                        f"prompt, instruction, messages, conversations; got {', '.join(row)}")
+        raise DataError(f"{where}: no question: expected text in one of the fields question, "
+                        f"problem, prompt, instruction, messages, conversations; got "
+                        f"{', '.join(map(str, row))}")
     return turns
 
 
 def strip_answer(text):
+    """What stands in the last <answer> tags, else the text without its <think> part."""
     found = re.findall(r"<answer>(.*?)</answer>", text, re.S)
     return (found[-1] if found else re.sub(r"<think>.*?</think>", "", text, flags=re.S)).strip()
 
 
-def row_answer(row, turns, where):
+def row_answer(row, response, where):
     """-> (answer that the grader compares with, response that imitation learns)."""
     answer = first(row, "answer", "ground_truth", "solution")
-    response = turns.get("assistant")
-    for name in ("completion", "output"):
-        if response is None and isinstance(row.get(name), str):
-            response = row[name]
+    response = response if isinstance(response, str) else None
     answer = response if answer is None else answer
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or answer == "":
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) \
+            or not strip_answer(str(answer)):
         raise DataError(f"{where}: no answer: expected text or a number in answer, ground_truth, "
-                        f"solution or an assistant turn; got {answer!r}")
-    answer = strip_answer(str(answer))
-    if response is None:
-        thought = first(row, "rationale", "thinking")
-        response = reasoned(thought, answer) if thought else bare(answer)
-    return answer, response
+                        f"solution or an assistant turn; got {answer!r:.80}")
+    answer, thought = strip_answer(str(answer)), first(row, "rationale", "thinking")
+    return answer, response or (reasoned(thought, answer) if thought else bare(answer))
 
 
 def read_row(row, root, where):
+    """One row of any layout -> Example, its pictures looked at: bad ones show before training."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, got {type(row).__name__}")
-    turns, images = row_turns(row, where), row_images(row, root, where)
+    turns, images = row_turns(row, where), first(row, "images", "image", "image_path")
+    images = [] if images is None else images if isinstance(images, list) else [images]
+    images = [image_source(item, root, where) for item in images]
     question, choices = turns["user"], row.get("choices")
     if IMAGE not in question:
         question = IMAGE * len(images) + question
@@ -535,50 +504,42 @@ def read_row(row, root, where):
             raise DataError(f"{where}: field choices: expected a list of 2 to 26, got {choices!r}")
         choices = [str(choice) for choice in choices]
         question += "".join(f"\n({chr(65 + i)}) {choice}" for i, choice in enumerate(choices))
-    answer, response = row_answer(row, turns, where)
-    example = Example(str(row.get("id", where)), question, answer, response, images, choices,
-                      turns.get("system", ""))
-    for image in images:               # decoded once here: a bad picture is found before training
-        check_image(image, where)
-    return example
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def check_image(source, where):
-    open_image(source, where)
+    answer, response = row_answer(row, turns.get("assistant"), where)
+    for image in set(images) - CHECKED:
+        open_image(image, where)
+        CHECKED.add(image)
+    return Example(str(row.get("id", where)), question, answer, response, images, choices,
+                   turns.get("system", ""))
 
 
 def json_rows(path):
-    """(place, row or the error that stands in its stead) of a .jsonl file or a .json list."""
-    text = path.read_text(encoding="utf-8")
+    """(place, text of one row) of a .jsonl file or a .json list."""
+    text = path.read_text(encoding="utf-8", errors="replace")
     if text.lstrip().startswith("["):
         try:
-            yield from ((f"{path}: row {i}", row) for i, row in enumerate(json.loads(text), 1))
-        except json.JSONDecodeError as error:
+            return [(f"{path}: row {i}", json.dumps(row)) for i, row in
+                    enumerate(json.loads(text), 1)]
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not JSON ({error})") from None
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                yield f"{path}:{number}", DataError(f"{path}:{number}: not JSON ({error})")
+    return [(f"{path}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def read_examples(path, skip_bad_rows=False, image_root=None):
-    """A .jsonl or .json file of any layout in `read_row` -> [Example], pictures checked.
+@functools.cache
+def read_examples(path, skip_bad_rows=False):
+    """A .jsonl or .json file of any layout -> [Example]. Image paths are relative to the file.
 
     Raises DataError at the first bad row, or counts and skips with `skip_bad_rows`.
     """
-    path = pathlib.Path(path)
+    path, examples, bad = pathlib.Path(path), [], []
     if not path.is_file():
         raise DataError(f"{path}: no such file; --data takes «world» or a .jsonl or .json file")
-    root, examples, bad = pathlib.Path(image_root or path.parent), [], []
-    for where, row in json_rows(path):
+    for where, line in json_rows(path):
         try:
-            if isinstance(row, DataError):
-                raise row
-            examples.append(read_row(row, root, where))
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: not JSON ({error})") from None
+            examples.append(read_row(row, path.parent, where))
         except DataError as error:
             if not skip_bad_rows:
                 raise

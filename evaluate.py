@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import data
 from kernels import Sampler
-from model import CheckpointError, load, write_json
+from model import CheckpointError, load, write_json, write_text
 
 # -------------------------------------------------------------------------------- command line
 
@@ -41,31 +41,22 @@ def option(default, doc, choices=None, least=None):
                              metadata=dict(doc=doc, choices=choices, least=least))
 
 
-class Parser(argparse.ArgumentParser):
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def parse_args(self, argv=None):
-        known, unknown = self.parse_known_args(argv)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions)
-            hint = f"; did you mean {near[0]}?" if near else "; see --help"
-            self.error(f"unknown option {unknown[0]}{hint}")
-        return known
-
-
 def parse(Config, argv=None, doc=""):
     """Makes the command line of a dataclass, and the dataclass from a command line."""
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(Config):
-        name, shown = "--" + f.name.replace("_", "-"), "" if f.default is None else f.default
-        help = f.metadata["doc"] + (f" (default: {shown})" if shown != "" else "")
-        if f.type is bool:
-            parser.add_argument(name, action="store_true", help=help)
-        else:
-            parser.add_argument(name, type=f.type, default=f.default, help=help.replace("%", "%%"),
-                                choices=f.metadata["choices"], metavar=f.type.__name__.upper())
-    args = parser.parse_args(argv)
+        name, meta, kind = "--" + f.name.replace("_", "-"), f.metadata, dict(action="store_true")
+        if f.type is not bool:
+            kind = dict(type=f.type, default=f.default, choices=meta["choices"], metavar=(
+                None if meta["choices"] else f.type.__name__.upper()))
+        shown = "" if f.default in (None, "", False) else f" (default: {f.default})"
+        parser.add_argument(name, help=meta["doc"].replace("%", "%%") + shown, **kind)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions)
+        hint = f"did you mean {near[0]}?" if near else "see --help"
+        parser.error(f"unknown option {unknown[0]}; {hint}")
     for f in dataclasses.fields(Config):
         value, least = getattr(args, f.name), f.metadata["least"]
         if least is not None and value is not None and value < least:
@@ -80,10 +71,11 @@ def run_script(main, Config, doc, argv=None):
         main(config)
     except (data.DataError, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
 
 
-def default_device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # ----------------------------------------------------------------------------------- the grader
@@ -196,17 +188,13 @@ def pass_at_k(n, right, k):
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def ranks(values):
-    order = sorted(values)
-    return [(order.index(v) + len(order) - 1 - order[::-1].index(v)) / 2 for v in values]
-
-
 def spearman(a, b):
     """Rank correlation, ties shared; None where one side never changes."""
     if len(a) < 3 or len(set(a)) == 1 or len(set(b)) == 1:
         return None
-    pair = torch.tensor([ranks(a), ranks(b)], dtype=torch.float64)
-    return torch.corrcoef(pair)[0, 1].item()
+    ranks = [[sum(y < x for y in side) + sum(y == x for y in side) / 2 for x in side]
+             for side in (a, b)]
+    return torch.corrcoef(torch.tensor(ranks, dtype=torch.float64))[0, 1].item()
 
 
 def mean(values):
@@ -288,16 +276,15 @@ class Config:
     max_new_tokens: int = option(48, "longest answer", least=1)
     out: str = option(None, "file for one JSON row per answer")
     seed: int = option(0, "seed of sampled answers", least=0)
-    device: str = option(None, "cpu or cuda (default: what there is)")
+    device: str = option(DEVICE, "cpu or cuda", ("cpu", "cuda"))
     skip_bad_rows: bool = option(False, "count and skip bad rows of a file instead of stopping")
 
 
 def answer_all(directory, c):
     """Loads a model and answers every split that the options name."""
-    device = c.device or default_device()
-    model, processor = load(directory, device)
+    model, processor = load(directory, c.device)
     sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop,
-                      torch.bfloat16 if device == "cuda" else None)
+                      torch.bfloat16 if c.device == "cuda" else None)
     temperature = c.temperature if c.temperature is not None else float(c.samples > 1)
     rows = []
     for split in c.split.split(",") if c.data == "world" else [pathlib.Path(c.data).stem]:
@@ -330,8 +317,7 @@ def main(c):
     rows = answer_all(c.model, c)
     if c.out:
         pathlib.Path(c.out).parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        pathlib.Path(c.out).write_text(text, encoding="utf-8")
+        write_text(c.out, "".join(json.dumps(row) + "\n" for row in rows))
     print_figures(summaries(rows))
     if c.against:
         other = answer_all(c.against, c)
@@ -350,7 +336,7 @@ class StudyConfig:
                          ("smoke", "quick"))
     out: str = option("runs/study", "directory of the study")
     seeds: int = option(1, "runs per cell, each from the same base", least=1)
-    device: str = option(None, "cpu or cuda (default: what there is)")
+    device: str = option(DEVICE, "cpu or cuda", ("cpu", "cuda"))
 
 
 PRESETS = {
@@ -365,42 +351,31 @@ METHODS = {"base": "base", "sft": "SFT", "grpo": "GRPO", "sft-grpo": "SFT → GR
 SPLITS = {"test": "test", "ood": "out of distribution", "text": "text only"}
 
 
-@dataclass
-class Cell:
-    """One row of the table: a model, and the commands that make and evaluate it."""
-    name: str
-    strength: str                    # of the base: weak or strong
-    method: str                      # a key of METHODS
-    seed: int
-    model: str
-    command: str                     # makes the model; "" where an earlier command did
-    evaluation: str
-
-
 def study_cells(c):
-    """The study is a list of commands that a reader can paste, in this order."""
+    """The study as a list of commands that a reader can paste: one dict for each row of the table.
+
+    `command` makes the model («» where an earlier one did), `evaluation` puts it to the test.
+    """
     preset, out, cells = PRESETS[c.preset], pathlib.Path(c.out), []
-    end = f" --device {c.device}" if c.device else ""
 
     def add(strength, method, seed, model, command):
-        name = f"{strength}-{method}" + (f"-{seed}" if c.seeds > 1 and method != "base" else "")
-        evaluation = (f"python evaluate.py --model {model} --limit {preset['limit']} "
-                      f"--out {out / 'answers' / name}.jsonl{end}")
-        cells.append(Cell(name, strength, method, seed, str(model),
-                          f"{command}{end} --resume" if command else "", evaluation))
+        name = f"{strength}-{method}" + (f"-{seed}" if method != "base" else "")
+        evaluation = (f"python evaluate.py --model {model} --limit {preset['limit']} --device "
+                      f"{c.device} --out {out / 'answers' / name}.jsonl")
+        command = command and f"{command} --out {model} --device {c.device} --resume"
+        cells.append(dict(name=name, strength=strength, method=method, seed=seed, model=str(model),
+                          command=command, evaluation=evaluation))
 
-    add("strong", "base", 0, out / "base",
-        f"python sft.py --stage base --out {out / 'base'} {preset['base']}")
+    add("strong", "base", 0, out / "base", f"python sft.py --stage base {preset['base']}")
     add("weak", "base", 0, out / "base" / f"step-{preset['weak']}", "")
     for seed in range(c.seeds):
-        for strength, base in (("weak", cells[1].model), ("strong", cells[0].model)):
-            place = out / f"{strength}-{{}}-{seed}"
-            for method, init in (("sft", base), ("grpo", base),
-                                 ("sft-grpo", str(place).format("sft"))):
-                model, script = str(place).format(method), method.split("-")[-1]
-                add(strength, method, seed, model,
-                    f"python {script}.py --init {init} --out {model} --seed {seed} "
-                    f"{preset[script]}")
+        for base in cells[1], cells[0]:
+            models = {method: out / f"{base['strength']}-{method}-{seed}" for method in METHODS}
+            for method, init in ("sft", base["model"]), ("grpo", base["model"]), \
+                    ("sft-grpo", models["sft"]):
+                script = method.split("-")[-1]
+                add(base["strength"], method, seed, models[method],
+                    f"python {script}.py --init {init} --seed {seed} {preset[script]}")
     return cells
 
 
@@ -412,10 +387,13 @@ def run_command(command, log):
     begin = time.perf_counter()
     with open(log, "a") as file:
         process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            file.write(line)
-        if process.wait():
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                file.write(line)
+        finally:                     # Ctrl-C reaches the command too: let it save
+            process.wait()
+        if process.returncode:
             sys.exit(f"error: that command ended with {process.returncode}; mend the cause and "
                      "start the study again: it goes on here")
     return time.perf_counter() - begin
@@ -452,42 +430,35 @@ def reward_curve(model):
 
 def run_cell(cell, out):
     """Trains and evaluates one cell -> its row of results.json."""
-    log = out / "answers" / f"{cell.name}.log"
-    seconds = run_command(cell.command, log) if cell.command else 0.0
-    evaluation_seconds = run_command(cell.evaluation, log)
-    rows = read_rows(out / "answers" / f"{cell.name}.jsonl")
-    return dataclasses.asdict(cell) | dict(
-        seconds=round(seconds, 1), evaluation_seconds=round(evaluation_seconds, 1),
-        splits=summaries(rows),
-        curve=reward_curve(cell.model) if cell.method.endswith("grpo") else None)
+    log = out / "answers" / f"{cell['name']}.log"
+    seconds = run_command(cell["command"], log) if cell["command"] else 0.0
+    evaluation_seconds = run_command(cell["evaluation"], log)
+    splits = summaries(read_rows(out / "answers" / f"{cell['name']}.jsonl"))
+    curve = reward_curve(cell["model"]) if cell["method"].endswith("grpo") else None
+    return cell | dict(seconds=round(seconds, 1), evaluation_seconds=round(evaluation_seconds, 1),
+                       splits=splits, curve=curve)
 
 
 def study(c):
     """Runs the cells that are not there yet, then writes the reports."""
-    out = pathlib.Path(c.out)
+    out, cells, done = pathlib.Path(c.out), study_cells(c), {}
     (out / "answers").mkdir(parents=True, exist_ok=True)
-    path, done = out / "results.json", {}
+    path = out / "results.json"
     if path.exists():
         done = {cell["name"]: cell for cell in json.loads(path.read_text())["cells"]}
-    cells = study_cells(c)
+    hardware = torch.cuda.get_device_name() if c.device == "cuda" else \
+        f"{torch.get_num_threads()} CPU threads"
     for cell in tqdm(cells, "study", disable=None):
-        known = done.get(cell.name)
-        if known is None or (known["command"], known["evaluation"]) != (cell.command,
-                                                                        cell.evaluation):
-            done[cell.name] = run_cell(cell, out)
-            write_json(path, dict(preset=c.preset, machine=machine(), cells=[
-                done[some.name] for some in cells if some.name in done]))
+        known = done.get(cell["name"], {})
+        if any(known.get(key) != cell[key] for key in ("command", "evaluation")):
+            done[cell["name"]] = run_cell(cell, out)
+            write_json(path, dict(
+                preset=c.preset, machine=f"{hardware}, torch {torch.__version__}",
+                cells=[done[some["name"]] for some in cells if some["name"] in done]))
     results = json.loads(path.read_text())
-    (out / "report.md").write_text(report_markdown(results), encoding="utf-8")
-    (out / "report.html").write_text(report_html(results, out), encoding="utf-8")
-    print(f"\n{study_table(results)}\n\n{out / 'report.md'}, {out / 'report.html'}")
-
-
-def machine():
-    """What the numbers were measured on."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+    write_text(out / "report.md", report_markdown(results))
+    write_text(out / "report.html", report_html(results, out))
+    print(f"\n{markdown_table(table_rows(results))}\n\n{out / 'report.md'}, {out / 'report.html'}")
 
 
 # ---------------------------------------------------------------------------------- the report
@@ -527,15 +498,11 @@ def curve_rows(results):
 
 
 def markdown_table(rows):
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
-def study_table(results):
-    """The main table with aligned columns, for a terminal."""
-    rows = table_rows(results)
+    """Aligned, so that it reads well on a terminal too."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(text.ljust(w) for text, w in zip(row, widths)) for row in rows)
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join("| " + " | ".join(t.ljust(w) for t, w in zip(row, widths)) + " |"
+                     for row in rows)
 
 
 CAPTION = ("Accuracy in percent, greedy decoding, with 95 % Wilson intervals over the questions. "

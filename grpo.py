@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 import data
-from evaluate import default_device, grade, mean, option, run_script
+from evaluate import grade, mean, option, run_script
 from kernels import Rollouts
 from model import load
 from sft import Run, RunConfig, base_model, pick
@@ -255,13 +255,13 @@ def main(c):
     for name, value in ALGORITHMS[c.algorithm].items():
         if getattr(c, name) is None:
             setattr(c, name, value)
-    c.device, c.out = c.device or default_device(), c.out or "runs/grpo"
+    c.out = c.out or "runs/grpo"
     c.init = c.init or base_model(c.device)
     model, processor = load(c.init, c.device)
     reference = copy.deepcopy(model).requires_grad_(False)
     examples = data.load_dataset(c.data, "train", skip_bad_rows=c.skip_bad_rows)
     count = min(c.examples, len(examples)) if c.data == "world" else len(examples)
-    run = Run(c, model, processor, c.steps, c.lr, decay=False)
+    run = Run(c, model, processor, decay=False)
 
     def one_step(step):
         begin = time.perf_counter()

@@ -466,29 +466,26 @@ class Sampler:
 
 def median_seconds(run, repeats=5):
     """Median wall time of run(), after one call that warms up."""
-    run()
     times = []
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
         begin = time.perf_counter()
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
-    return sorted(times)[repeats // 2]
+    return sorted(times[1:])[repeats // 2]
 
 
+@torch.no_grad()
 def naive_generate(model, batch, group, new_tokens):
     """What the sampler replaces: every token from a full forward pass over every row."""
-    rows = [i for i in range(len(batch.ids)) for _ in range(group)]
-    size = len(batch.pixels) // len(batch.ids)
-    pixels = batch.pixels.view(len(batch.ids), size, *batch.pixels.shape[1:])[rows].flatten(0, 1)
-    ids, lengths = F.pad(batch.ids[rows], (0, new_tokens)), batch.lengths[rows].clone()
-    everyone = torch.arange(len(rows), device=ids.device)
-    with torch.no_grad():
-        for _ in range(new_tokens):
-            hidden = model(type(batch)(ids, lengths, pixels))[everyone, lengths - 1]
-            ids[everyone, lengths] = model.logits(hidden).softmax(-1).multinomial(1)[:, 0]
-            lengths += 1
+    ids = F.pad(batch.ids, (0, new_tokens)).repeat(group, 1)
+    lengths, pixels = batch.lengths.repeat(group), batch.pixels.repeat(group, 1, 1, 1)
+    rows = torch.arange(len(ids), device=ids.device)
+    for _ in range(new_tokens):
+        hidden = model(type(batch)(ids, lengths, pixels))[rows, lengths - 1]
+        ids[rows, lengths] = model.logits(hidden).softmax(-1).multinomial(1)[:, 0]
+        lengths = lengths + 1
 
 
 def transformers_generate(model, processor, batch, group, new_tokens, dtype):
@@ -510,72 +507,64 @@ def transformers_generate(model, processor, batch, group, new_tokens, dtype):
         min_new_tokens=new_tokens, max_new_tokens=new_tokens)
 
 
-def bandwidth(device):
-    """Bytes a second of a large copy, read and written."""
+def roofline(sampler, new_tokens, device):
+    """Seconds that reading the weights and the cache once per token takes at copy bandwidth."""
     x = torch.empty(1 << 28, dtype=torch.uint8, device=device)
-    y = torch.empty_like(x)
-    return 2 * x.numel() / median_seconds(lambda: y.copy_(x))
+    bandwidth = 2 * x.numel() / median_seconds(x.clone)
+    tensors = [*sampler.model.parameters(), *(x for pair in sampler.cache for x in pair)]
+    return new_tokens * sum(x.numel() * x.element_size() for x in tensors) / bandwidth
 
 
-def measure(size, new_tokens, batches, device):
-    """-> rows (name, value, unit, floor, ratio): tokens/s of the sampler and of what it replaces."""
+def measure(size, new_tokens, prompts, device, group=8):
+    """-> rows (name, value, unit, floor, ratio); the ratios are the sampler's to each other way.
+
+    No row ends early (stop -1), so every way makes the same number of tokens.
+    """
     import data
     from model import fresh
     model, processor = fresh(size, [data.base_example(i) for i in range(1000)], 0)
-    model.to(device)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    banned, rows, group = processor.banned(model.vocabulary), [], 8
-    speed = bandwidth(device) if device == "cuda" else None
-
-    def add(name, count, seconds, floor=None, ratio=None):
-        rows.append(dict(name=name, value=count * new_tokens / seconds, unit="tokens/s",
-                         floor=floor, ratio=ratio))
-        print(f"{name:52} {rows[-1]['value']:12,.0f} tokens/s"
-              + (f"   {ratio:6.2f} x" if ratio else ""), flush=True)
-
-    for prompts in batches:
-        batch = processor.batch([data.world_example("test", i) for i in range(prompts)]).to(device)
-        count, floor = prompts * group, None
-        # stop=-1: no row ends early, so every way makes the same number of tokens
-        sampler = Sampler(model, banned, -1, dtype)
-        seconds = median_seconds(lambda: sampler.generate(batch, group, new_tokens))
-        if speed:
-            live = sum(p.numel() for p in model.parameters()) * 2 + sum(
-                k.numel() + v.numel() for k, v in sampler.cache) * 2
-            floor = count * new_tokens / (new_tokens * live / speed)
-        add(f"sampler, size {size}, {prompts} x {group} x {new_tokens}", count, seconds, floor,
-            floor and count * new_tokens / seconds / floor)
-        if device == "cuda":
-            slow = Sampler(model, banned, -1, dtype, capture=False)
-            other = median_seconds(lambda: slow.generate(batch, group, new_tokens))
-            add("  the same step, not captured", count, other, ratio=other / seconds)
-        try:
-            theirs = transformers_generate(model, processor, batch, group, new_tokens, dtype)
-            other = median_seconds(theirs, 3)
-            add("  transformers generate (ratio: sampler to it)", count, other,
-                ratio=other / seconds)
-        except ImportError:
-            print("  transformers is not installed; no comparison with its generate")
-        if prompts == min(batches):
-            other = median_seconds(lambda: naive_generate(model, batch, group, new_tokens), 1)
-            add("  a full forward pass per token (ratio: sampler to it)", count, other,
-                ratio=other / seconds)
+    model, dtype = model.to(device), torch.bfloat16 if device == "cuda" else torch.float32
+    batch = processor.batch([data.world_example("test", i) for i in range(prompts)]).to(device)
+    samplers = [Sampler(model, processor.banned(model.vocabulary), -1, dtype, capture=capture)
+                for capture in (True, False)]
+    ways = {"sampler": lambda: samplers[0].generate(batch, group, new_tokens)}
+    if device == "cuda":
+        ways["the same step, not captured"] = lambda: samplers[1].generate(batch, group, new_tokens)
+    try:
+        ways["transformers generate"] = transformers_generate(model, processor, batch, group,
+                                                              new_tokens, dtype)
+    except ImportError:
+        print("transformers is not installed: no comparison with its generate")
+    if prompts <= 4:
+        ways["a full forward pass per token"] = lambda: naive_generate(model, batch, group,
+                                                                       new_tokens)
+    rows, tokens = [], prompts * group * new_tokens
+    for way, run in ways.items():
+        speed, floor = tokens / median_seconds(run), None
+        if device == "cuda" and way == "sampler":
+            floor = tokens / roofline(samplers[0], new_tokens, device)
+        ratio = rows[0]["value"] / speed if rows else floor and speed / floor
+        rows.append(dict(name=f"{way}, {prompts} x {group} x {new_tokens}, size {size}",
+                         value=speed, unit="tokens/s", floor=floor, ratio=ratio))
+        print(f"{rows[-1]['name']:56} {speed:12,.0f} tokens/s" + (f" {ratio:8.2f}" if ratio else ""),
+              flush=True)
     return rows
 
 
 def main():
     import argparse
     import json
-    parser = argparse.ArgumentParser(description="Measures the sampler on this machine: tokens a "
-                                     "second, and against what it replaces, in one run.")
+    parser = argparse.ArgumentParser(description="Measures the sampler on this machine against what "
+                                     "it replaces, in one run: tokens a second.")
     parser.add_argument("--size", default="m", help="s, m or l (default: m)")
     parser.add_argument("--new-tokens", type=int, default=48, help="per answer (default: 48)")
-    parser.add_argument("--prompts", default="4,32", help="batch sizes, 8 answers to each prompt "
-                                                          "(default: 4,32)")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[4, 32],
+                        help="batch sizes, with 8 answers to each prompt (default: 4 32)")
     parser.add_argument("--json", help="file for the rows")
     args = parser.parse_args()
-    rows = measure(args.size, args.new_tokens, [int(n) for n in args.prompts.split(",")],
-                   "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = [row for prompts in args.prompts
+            for row in measure(args.size, args.new_tokens, prompts, device)]
     if args.json:
         with open(args.json, "w") as file:
             json.dump(rows, file, indent=1)

@@ -234,11 +234,23 @@ class VLM(nn.Module):
             connector=nn.ModuleDict(dict(modality_projection=nn.ModuleDict(dict(proj=nn.Linear(
                 c.vision.hidden_size * c.scale ** 2, c.text.hidden_size, False)))))))
         self.lm_head = nn.Linear(c.text.hidden_size, self.vocabulary, False)
-        for table in (self.model.text_model.embed_tokens, self.lm_head,
-                      self.model.vision_model.embeddings.position_embedding):
-            nn.init.normal_(table.weight, std=0.02)
+        self.initialise()
         if c.tied:
             self.lm_head.weight = self.model.text_model.embed_tokens.weight
+
+    @torch.no_grad()
+    def initialise(self):
+        """Every layer starts as the identity, and tokens weigh as much as pieces of picture.
+
+        With small embeddings and random layers the residual stream forgets which token it came
+        from, and attention by content, which counting and copying need, takes many times longer.
+        """
+        nn.init.normal_(self.model.text_model.embed_tokens.weight, std=0.6)
+        for table in (self.lm_head, self.model.vision_model.embeddings.position_embedding):
+            nn.init.normal_(table.weight, std=0.02)
+        for name, weight in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
+                weight.zero_()
 
     def embed(self, ids, pixels):
         """Tokens, with each image token replaced by its piece of picture. (M,) -> (M, D)"""
@@ -325,15 +337,19 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_json(path, value):
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+def write_text(path, text):
+    """Atomic: a reader sees the old file or the new one, whenever the writer is killed."""
+    temporary = pathlib.Path(f"{path}.new")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
 def write_tensors(path, tensors, metadata=None):
-    """Atomic: a reader sees the old file or the new one, whenever the writer is killed."""
+    """Atomic too."""
     temporary = f"{path}.new"
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, temporary, metadata or {"format": "pt"})
@@ -344,7 +360,7 @@ def save(model, processor, directory):
     """Writes a Hugging Face checkpoint that transformers, vLLM and TRL open as it is."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    processor.tokenizer.save(str(directory / "tokenizer.json"))
+    write_text(directory / "tokenizer.json", processor.tokenizer.to_str(pretty=True))
     size = {"longest_edge": processor.longest_edge}
     image = dict(image_processor_type="Idefics3ImageProcessor", do_convert_rgb=True,
                  do_resize=True, size=size, resample=1, do_rescale=True, rescale_factor=1 / 255,
@@ -358,7 +374,7 @@ def save(model, processor, directory):
         tokenizer_class="PreTrainedTokenizerFast", processor_class="Idefics3Processor",
         bos_token=data.START, eos_token=data.STOP, clean_up_tokenization_spaces=False,
         pad_token=processor.tokenizer.id_to_token(processor.pad)))
-    (directory / "chat_template.jinja").write_text(data.CHAT_TEMPLATE)
+    write_text(directory / "chat_template.jinja", data.CHAT_TEMPLATE)
     write_json(directory / "generation_config.json", dict(
         eos_token_id=processor.stop, pad_token_id=processor.pad,
         suppress_tokens=processor.banned(model.vocabulary).nonzero().flatten().tolist()))

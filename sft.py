@@ -30,10 +30,32 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
-from evaluate import default_device, evaluate, option, run_script, summary
+from evaluate import DEVICE, evaluate, option, run_script, summary
 from kernels import Sampler
-from model import SIZES, check_tensors, fresh, load, save, write_json, write_tensors
+from model import SIZES, check_tensors, fresh, load, save, write_json, write_tensors, write_text
 
+
+# ------------------------------------------------------------------------------- token weights
+
+WEIGHTS = {  # name: w_t from the token's probability p and the entropy there, without gradient
+    "nll": lambda p, entropy: torch.ones_like(p),
+    "dft": lambda p, entropy: p,                                 # dynamic fine-tuning
+    "trsft": lambda p, entropy: p / p.clamp(min=0.1),            # 2512.17636: NLL where p >= 0.1
+    "luffy": lambda p, entropy: p / (p + 0.1),                   # LUFFY's shaping
+    # MIFO (2510.04454): only the tokens of the highest entropy; the fifth of them is our choice
+    "entropy": lambda p, entropy: (entropy >= torch.quantile(entropy, 0.8)).to(p),
+}
+
+
+def imitation_loss(logprob, entropy, mask, weight):
+    """Sum of weighted token losses over the tokens of the batch. (B, N) -> scalar."""
+    logp = logprob[mask]
+    with torch.no_grad():
+        w = WEIGHTS[weight](logp.exp(), entropy[mask])
+    return -(w * logp).sum() / mask.sum()
+
+
+# ------------------------------------------------------------------------------------- options
 
 @dataclass
 class RunConfig:
@@ -52,60 +74,22 @@ class RunConfig:
     eval_examples: int = option(240, "questions of an evaluation", least=1)
     max_new_tokens: int = option(48, "longest answer", least=1)
     seed: int = option(0, "seed of everything random", least=0)
-    device: str = option(None, "cpu or cuda (default: what there is)")
+    device: str = option(DEVICE, "cpu or cuda", ("cpu", "cuda"))
     resume: bool = option(False, "go on where the run in OUT stopped")
     skip_bad_rows: bool = option(False, "count and skip bad rows of a file instead of stopping")
 
 
 @dataclass
 class Config(RunConfig):
-    """Options of sft.py. lr is 3e-3 from scratch, else 1e-3; steps come from epochs, 700 for the
+    """Options of sft.py. lr is 1e-2 from scratch, else 1e-3; steps come from epochs, 700 for the
     base of the world."""
     stage: str = option("sft", "base: mixed pretraining from scratch; sft", ("base", "sft"))
     size: str = option("m", "size of a model made from scratch", tuple(SIZES))
     traces: str = option("canonical", "canonical, verbose, answer, or a file of rollouts")
     epochs: int = option(3, "passes over the examples", least=1)
     batch: int = option(64, "examples per step", least=1)
-    weight: str = option("nll", "token weight", ("nll", "dft", "trsft", "luffy", "entropy"))
+    weight: str = option("nll", "token weight", tuple(WEIGHTS))
     keep: str = option("", "steps after which the model is also kept as OUT/step-N, e.g. 300,600")
-
-
-# ------------------------------------------------------------------------------- token weights
-
-def nll(p, entropy):
-    """Plain imitation."""
-    return torch.ones_like(p)
-
-
-def dft(p, entropy):
-    """Dynamic fine-tuning: unlikely tokens weigh less."""
-    return p
-
-
-def trsft(p, entropy, alpha=0.1):
-    """TrSFT (2512.17636): the gradient of -p / sg(max(p, alpha)); NLL where p >= alpha."""
-    return p / p.clamp(min=alpha)
-
-
-def luffy(p, entropy, gamma=0.1):
-    """LUFFY's shaping, p / (p + gamma)."""
-    return p / (p + gamma)
-
-
-def entropy_mask(p, entropy, share=0.2):
-    """MIFO (2510.04454): only the tokens of the highest entropy; the share is ours."""
-    return (entropy >= torch.quantile(entropy, 1 - share)).to(p)
-
-
-WEIGHTS = dict(nll=nll, dft=dft, trsft=trsft, luffy=luffy, entropy=entropy_mask)
-
-
-def imitation_loss(logprob, entropy, mask, weight):
-    """Sum of weighted token losses over the tokens of the batch. (B, N) -> scalar."""
-    logp = logprob[mask]
-    with torch.no_grad():
-        w = WEIGHTS[weight](logp.exp(), entropy[mask])
-    return -(w * logp).sum() / mask.sum()
 
 
 # -------------------------------------------------------------------------------------- a run
@@ -117,12 +101,13 @@ class Run:
     a random generator to keep: weights, optimizer state and the step are all.
     """
 
-    def __init__(self, config, model, processor, steps, lr, decay):
+    def __init__(self, config, model, processor, decay):
         self.config, self.model, self.processor = config, model, processor
-        self.steps, self.lr, self.decay, self.step = steps, lr, decay, 0
+        self.decay, self.step = decay, 0
+        self.keep = getattr(config, "keep", "").split(",")
         self.out = pathlib.Path(config.out)
         self.state = self.out / "training" / "state.safetensors"
-        self.optimizers = make_optimizers(model, lr)
+        self.optimizers = make_optimizers(model, config.lr)
         self.names = {p: name for name, p in model.named_parameters()}
         self.claim()
         self.sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop,
@@ -168,16 +153,19 @@ class Run:
         lines = path.read_text().splitlines() if self.step else []
         kept = [line for line in lines if line.endswith("}") and
                 json.loads(line)["step"] <= self.step]
-        path.write_text("".join(line + "\n" for line in kept))
+        write_text(path, "".join(line + "\n" for line in kept))
 
     def save(self):
-        """First the whole state in one file, atomically; then the checkpoint that others open."""
+        """The checkpoint that others open; last, in one atomic file, the state to resume from."""
+        if str(self.step) in self.keep:
+            save(self.model, self.processor, self.out / f"step-{self.step}")
+        save(self.model, self.processor, self.out)
         tensors = {f"model/{n}": t for n, t in self.model.state_dict().items()}
         for optimizer in self.optimizers:
             for p, state in optimizer.state.items():
                 tensors.update({f"optimizer/{self.names[p]}/{k}": t for k, t in state.items()})
-        write_tensors(self.state, tensors, dict(step=str(self.step), steps=str(self.steps)))
-        save(self.model, self.processor, self.out)
+        write_tensors(self.state, tensors,
+                      dict(step=str(self.step), steps=str(self.config.steps)))
 
     def update(self, loss, examples):
         """One optimizer step -> gradient norm. Stops on a loss that is not a number."""
@@ -191,14 +179,15 @@ class Run:
                      f"{norm.item()} is not finite; batch: {ids}. The last checkpoint in "
                      f"{self.out} is intact; a lower --lr is the usual cure")
         for optimizer in self.optimizers:
-            optimizer.param_groups[0]["lr"] = self.lr * self.schedule()
+            group = optimizer.param_groups[0]
+            group["lr"] = self.schedule() * group.setdefault("peak", group["lr"])
             optimizer.step()
         return norm.item()
 
     def schedule(self):
         """Linear warm-up; then constant, or with `decay` linear to a tenth."""
         warm = min(1.0, (self.step + 1) / max(1, self.config.warmup))
-        return warm * (1 - 0.9 * self.step / self.steps if self.decay else 1)
+        return warm * (1 - 0.9 * self.step / self.config.steps if self.decay else 1)
 
     def validate(self):
         """Greedy accuracy on the split val (never trained on, not the test)."""
@@ -227,22 +216,19 @@ class Run:
         before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
         if self.step == 0:
             self.validate()
-        bar = tqdm(range(self.step, self.steps), c.out, initial=self.step, total=self.steps,
-                   disable=None)
-        for _ in bar:
+        bar = tqdm(range(self.step, c.steps), c.out, initial=self.step, total=c.steps, disable=None)
+        for step in bar:
             begin = time.perf_counter()
-            figures = one_step(self.step)
-            self.step += 1
-            seconds = time.perf_counter() - begin
-            self.write(step=self.step, **figures, seconds=round(seconds, 4))
+            figures = one_step(step)
+            self.step = step + 1
+            self.write(step=self.step, **figures, seconds=round(time.perf_counter() - begin, 4))
             bar.set_postfix({k: f"{v:.3g}" for k, v in list(figures.items())[:4]})
-            last = self.step == self.steps
+            last = self.step == c.steps
             if last or c.eval_every and self.step % c.eval_every == 0:
                 self.validate()
-            if last or stop or self.step % c.save_every == 0:
+            if (last or stop or self.step % c.save_every == 0
+                    or str(self.step) in self.keep):
                 self.save()
-            if str(self.step) in getattr(c, "keep", "").split(","):
-                save(self.model, self.processor, self.out / f"step-{self.step}")
             if stop:
                 sys.exit(f"stopped after step {self.step}; saved; go on with --resume")
         signal.signal(signal.SIGINT, before)
@@ -254,7 +240,7 @@ def make_optimizers(model, lr):
     matrices = [p for n, p in named if p.ndim == 2 and ("layers." in n or "connector" in n)]
     rest = [p for n, p in named if not any(p is m for m in matrices)]
     return (torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0))
+            torch.optim.AdamW(rest, lr=lr / 3, betas=(0.9, 0.95), weight_decay=0.0))
 
 
 def finished(out):
@@ -320,9 +306,9 @@ def pick(count, batch, step, seed):
 # ------------------------------------------------------------------------------------ the loop
 
 def main(c):
-    c.device, c.out = c.device or default_device(), c.out or f"runs/{c.stage}"
+    c.out = c.out or f"runs/{c.stage}"
     scratch = c.stage == "base" or c.init is None and c.data != "world"
-    c.lr = c.lr or (3e-3 if scratch else 1e-3)
+    c.lr = c.lr or (1e-2 if scratch else 1e-3)
     c.steps = c.steps or (700 if c.stage == "base" and c.data == "world" else None)
     examples = training_examples(c)
     c.steps = c.steps or c.epochs * max(1, len(examples) // c.batch)
@@ -332,7 +318,7 @@ def main(c):
     else:
         c.init = c.init or base_model(c.device)
         model, processor = load(c.init, c.device)
-    run = Run(c, model, processor, c.steps, c.lr, decay=True)
+    run = Run(c, model, processor, decay=True)
 
     def one_step(step):
         some = [examples[i] for i in pick(len(examples), c.batch, step, c.seed)]

@@ -1,0 +1,513 @@
+"""The world is a function of (split, index); files of other tools are read or refused; prompts
+and pixels are transformers' own."""
+import base64
+import collections
+import hashlib
+import io
+import itertools
+import json
+import os
+import pathlib
+import random
+import re
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+from PIL import Image, ImageChops
+from tokenizers import Tokenizer
+
+import data
+
+ROOT = pathlib.Path(__file__).parents[1]
+REAL = pathlib.Path(__file__).parents[2] / "shared" / "data"
+NOUNS = re.compile(f"(?:({'|'.join(data.COLOURS)}) )?({'|'.join(data.SHAPES)}|shape)s?")
+BASE = [data.base_example(i) for i in range(400)]
+
+
+def digest(split, indices):
+    """A checksum of everything that these examples hold, the pixels included."""
+    examples = {i: data.world_example(split, i, "verbose") for i in indices}
+    rows = [(e.id, e.question, e.answer, e.response, e.scene, [im.tobytes() for im in e.images])
+            for _, e in sorted(examples.items())]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
+def places(scene):
+    return frozenset((t.colour, t.shape, t.row, t.column) for t in scene)
+
+
+def worth(question, family, scene):
+    """The answer, read off the words and the scene; knows nothing of data.Question."""
+    text = re.sub(r"row \d: [^.]+\.", "", question).lower()
+    found = [[t for t in scene if colour in ("", t.colour) and shape in ("shape", t.shape)]
+             for colour, shape in NOUNS.findall(text)]
+    if family == "location":
+        (thing,), = found
+        return str(list(thing.box))
+    a, b = [*map(len, found), 0][:2]
+    x, y = [*map(int, re.findall(r"\d+", text)), 0, 0][:2]
+    return {"count": str(a), "sum": str(a + b), "cost": str(a * x + b * y),
+            "difference": str(b - a if "take" in text else a - b),
+            "comparison": "yes" if a > b else "no"}[family]
+
+
+def test_example_is_a_function_of_its_name():
+    """A generator with state, or the order of a set, shows two runs two data sets."""
+    code = "import data, test_data as t; print([t.digest(s, range(40)) for s in data.SPLITS])"
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                           env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "7"})
+    here = [digest(split, reversed(range(40))) for split in data.SPLITS]
+    assert fresh.stdout.strip() == str(here), fresh.stderr
+    assert data.world_example_of("test/7").question == data.world_example("test", 7).question
+    for name in ("nowhere/3", "test/-1", "test/", "test", "test/1.5", ""):
+        with pytest.raises(data.DataError):
+            data.world_example_of(name)
+
+
+def test_budgets_are_nested_and_end():
+    """2,000 prompts begin 20,000 prompts, whatever the traces; and a `for` over a World ends."""
+    small, large = data.World("train", "canonical", 20), data.World("train", "verbose", 200)
+    for a, b in ((small[i], large[i]) for i in range(20)):
+        assert (a.question, a.answer, a.scene) == (b.question, b.answer, b.scene)
+    assert len(list(itertools.islice(small, 25))) == len(small) == 20
+
+
+def test_splits():
+    """Scenes, pairs and wordings that training has seen measure memory; ood differs in all."""
+    seen = {split: [data.world_example(split, i) for i in range(600)]
+            for split in ("train", "val", "test", "ood")}
+    wordings = {split: {NOUNS.sub("_", re.sub(r"\d", "#", e.question.lower())) for e in examples}
+                for split, examples in seen.items()}
+    assert len(wordings["train"]) == 12 and len(wordings["ood"]) == 6
+    assert not wordings["train"] & wordings["ood"]
+    seen["train"] += BASE
+    sizes = set(), set()
+    for split, scene in ((split, e.scene) for split in seen for e in seen[split]):
+        assert len({(t.row, t.column) for t in scene}) == len(scene)
+        sizes[split == "ood"].add(len(scene))
+        assert any((t.colour, t.shape) in data.HELD_OUT for t in scene) == (split == "ood")
+    assert max(sizes[0]) < min(sizes[1]) and min(map(len, sizes)) >= 3
+    assert data.bucket(scene[::-1]) == data.bucket([t._replace(box=()) for t in scene])
+    for a, b in itertools.combinations(("train", "val", "test"), 2):
+        assert not {data.bucket(e.scene) for e in seen[a]} & {data.bucket(e.scene) for e in seen[b]}
+
+
+def test_text_is_test_in_words():
+    """The same question without a picture, of a table that the words determine."""
+    for i in range(200):
+        words, seen = data.world_example("text", i), data.world_example("test", i)
+        asked = seen.question.removeprefix(data.IMAGE)
+        assert words.images == [] and words.question.endswith(". " + asked)
+        assert (words.answer, words.response) == (seen.answer, seen.response)
+        assert words.scene == seen.scene
+        rows = re.findall(r"row (\d): ([^.]+)\.", words.question)
+        assert places(seen.scene) == {(*name.split()[:2], int(row), int(name.split()[2]))
+                                      for row, names in rows for name in names.split(", ")}
+
+
+@pytest.mark.parametrize("split", ["train", "test", "ood"])
+def test_answers_are_right(split):
+    """Recomputed from the words of the question and the scene, for every family."""
+    families = collections.Counter()
+    for example in (data.world_example(split, i) for i in range(600)):
+        assert example.answer == worth(example.question, example.family, example.scene), example
+        assert example.response.endswith(f"</think><answer>{example.answer}</answer>")
+        families[example.family] += 1
+    assert families == dict.fromkeys(data.FAMILIES, 100)
+
+
+def test_base_tells_the_truth():
+    """A base that learned false counts cannot be told from one that cannot see."""
+    claims = 0
+    for e in BASE:
+        assert e.question.count(data.IMAGE) == len(e.images)
+        if "<answer>" in e.response:
+            assert data.strip_answer(e.response) == worth(e.question, e.family, e.scene)
+        for sentence, verdict in data.check_steps(e.scene, e.response):
+            if re.fullmatch("[a-z ]+: [0-9]+", sentence):
+                assert verdict, (e.question, sentence)
+                claims += 1
+    assert claims > 200
+
+
+def corrupt(sentence):
+    for old, new in ((">", "<"), ("<", ">"), ("more", "fewer"), ("fewer", "more")):
+        if old in sentence:
+            return sentence.replace(old, new)
+    return re.sub(r"\d+(?=\D*$)", lambda number: str(int(number[0]) + 1), sentence)
+
+
+@pytest.mark.parametrize("style", ["canonical", "verbose"])
+@pytest.mark.parametrize("split", ["train", "ood"])
+def test_rationales_are_true_and_lies_are_found(style, split):
+    """A checker that says True to all rewards any text; one that errs punishes the truth."""
+    for i in range(300):
+        example, short = data.world_example(split, i, style), data.world_example(split, i)
+        thought = re.fullmatch("<think>(.*)</think><answer>.*</answer>", example.response)[1]
+        sentences, verdicts = zip(*data.check_steps(example.scene, thought))
+        assert ". ".join(sentences) + "." == thought
+        assert list(verdicts) == [None if s in data.FILLERS else True for s in sentences]
+        assert (None in verdicts) == (style == "verbose")
+        assert {*re.findall(r"\d+", example.response)} == {*re.findall(r"\d+", short.response)}
+        for k in (k for k, verdict in enumerate(verdicts) if verdict):
+            lie = ". ".join((*sentences[:k], corrupt(sentences[k]), *sentences[k + 1:])) + "."
+            assert [v for _, v in data.check_steps(example.scene, lie)] == [
+                *verdicts[:k], False, *verdicts[k + 1:]]
+
+
+@pytest.mark.parametrize("text", [
+    "banana", "circles", "circles: many", "Circles: 1", "circles: -1", "circles: ١", "1 + 1 = 3",
+    "1 - 2 = 1", "2 is plus 2", "3 plus 3", "2 > 2", "3 as many as 3 makes 3", "I count 1", "1",
+    "pink circles: 0", "x" * 200, "circles: 1, squares: 0", "circles: " + "0" * 99 + "1", "!?",
+    "1 > 0 = 1", "the answer is 4", "red circle: row 1, column 2", "circles: 1 squares: 0", "..",
+    "circles: 1\nsquares: 0", "Okay", "circles: 1; circles: 1", "squares: 0 circles", "\0"])
+def test_what_cannot_be_checked_is_false(text):
+    """Prose that says nothing must not pass as a step that holds."""
+    scene = [data.Thing("red", "circle", 1, 1, (3, 3, 13, 13))]
+    assert data.check_steps(scene, "circles: 1.") == [("circles: 1", True)]
+    assert [v for _, v in data.check_steps(scene, text)] == [False]
+
+
+def test_boxes_bound_what_is_drawn():
+    """A box one pixel off, or a shape that leaves its cell, would be a wrong answer."""
+    for example in (data.world_example("ood", i) for i in range(150)):
+        for thing in example.scene:
+            x1, y1, x2, y2 = thing.box
+            cell = (thing.row - 1, thing.column - 1)
+            assert (y1 // 16, x1 // 16) == (y2 // 16, x2 // 16) == cell
+            drawn = ImageChops.difference(data.paint([thing]), data.paint([])).getbbox()
+            inside = numpy.subtract(drawn, (x1, y1, x2 + 1, y2 + 1)) * (1, 1, -1, -1)
+            assert inside.min() >= 0 and inside.max() <= 1
+            middle = example.images[0].getpixel(((x1 + x2) // 2, (y1 + y2) // 2))
+            assert middle == data.COLOURS[thing.colour]
+
+
+# ---------------------------------------------------------------------------------- the files
+
+def saved(image, kind="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+PNG = saved(data.world_example("test", 0).images[0])
+PICTURES = {"a.png": PNG, "b.png": PNG, "../outside.png": PNG, "cut.png": PNG[:80],
+            "words.png": b"hello", "large.png": saved(Image.new("1", (6000, 6000)))[:80]}
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(*rows) -> [Example] from a file beside PICTURES."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, content in PICTURES.items():
+        (folder / name).write_bytes(content)
+    (folder / "link.png").symlink_to(tmp_path / "outside.png")
+
+    def read(*rows, raw=None, name="rows.jsonl", load=data.read_examples, **options):
+        text = "\n".join(map(json.dumps, rows)).replace("ABSOLUTE", str(tmp_path))
+        (folder / name).write_bytes(text.encode() if raw is None else raw)
+        return load(folder / name, **options)
+    return read
+
+
+def row(**fields):
+    return dict(question="q", answer="a") | fields
+
+
+def told(content, role="user"):
+    return dict(role=role, content=content)
+
+
+def human(*texts):
+    return [{"from": who, "value": text} for who, text in zip(("human", "gpt"), texts)]
+
+
+Q, PLAIN, SPACED = "<image>How many?", "How many?", "<answer> 3 </answer>"
+THREE, COT, ENCODED = "<answer>3</answer>", "<think>1, 2</think>", base64.b64encode(PNG).decode()
+USER, PARTS = told(PLAIN), told([dict(type="image"), dict(type="text", text=PLAIN)])
+LAYOUTS = {     # tool: row, question, answer, response
+    "easyr1": (dict(problem=Q, answer="3", images=["a.png"]), Q, "3", THREE),
+    "bytes": (dict(problem=Q, answer="3", images=[{"bytes": ENCODED}]), Q, "3", THREE),
+    "r1v": (dict(image="a.png", problem=PLAIN, solution=SPACED), Q, "3", THREE),
+    "r1v thought": (dict(problem="?", thinking="1, 2", solution=SPACED), "?", "3", COT + THREE),
+    "r1v tags": (dict(problem="?", thinking=COT, solution=SPACED), "?", "3", COT + THREE),
+    "r1v eval": (dict(image_path="a.png", question=PLAIN, ground_truth="3"), Q, "3", THREE),
+    "vlm-r1": (dict(id=1, image="a.png", conversations=human(Q, "0")), Q, "0", "0"),
+    "vlm-r1 two": (dict(id=1, image=["a.png", "b.png"], conversations=human("Same?", "no")),
+                   "<image><image>Same?", "no", "no"),
+    "sharegpt": (dict(images=["a.png"], system="Be brief.", conversations=human(Q, COT + "3")),
+                 Q, "3", COT + "3"),
+    "alpaca": (dict(instruction="Add.", input="1, 2", output="3"), "Add.\n1, 2", "3", "3"),
+    "alpaca bare": (dict(instruction="Add.", input="", output=COT + "3"), "Add.", "3", COT + "3"),
+    "trl": (dict(messages=[USER, told("3", "assistant")], image="a.png"), Q, "3", "3"),
+    "trl parts": (dict(image={"path": "a.png"}, messages=[
+        PARTS, told([dict(type="text", text=THREE)], "assistant")]), Q, "3", THREE),
+    "trl completion": (dict(images=["a.png"], prompt=[USER], completion=[told(THREE, "assistant")]),
+                       Q, "3", THREE),
+    "trl text": (dict(prompt="1 + 2?", completion=THREE), "1 + 2?", "3", THREE),
+    "trl grpo": (dict(prompt=[PARTS], image="a.png", solution="3"), Q, "3", THREE),
+    "ours": (dict(id="x", image="a.png", question=PLAIN, answer="3", rationale="1, 2",
+                  choices=["2", 3]), Q + "\n(A) 2\n(B) 3", "3", COT + THREE),
+    "zero": (dict(question="?", answer=0, choices=None), "?", "0", "<answer>0</answer>"),
+    "half": (dict(question="?", answer=-0.5, rationale=None), "?", "-0.5", "<answer>-0.5</answer>"),
+    "unicode": (dict(question="«Où» 漢字?", answer="é"), "«Où» 漢字?", "é", "<answer>é</answer>")}
+
+
+@pytest.mark.parametrize("tool", LAYOUTS)
+def test_layouts(read, tool):
+    """Files of the common tools, as they are; R1-V's `thinking` brings its own `<think>`."""
+    whole, *expected = LAYOUTS[tool]
+    for name, text in (("rows.jsonl", json.dumps(whole) + "\r\n\n"),
+                       ("rows.json", json.dumps([whole]))):
+        example, = read(raw=text.encode(), name=name)
+        assert [example.question, example.answer, example.response] == expected
+        assert example.system == whole.get("system", "")
+        assert [p.size for p in example.pictures()] == [(64, 64)] * expected[0].count("<image>")
+
+
+BAD = {     # what the message says: rows
+    "object": [[], None, 5, "text"],
+    "question": [{}, dict(answer="a"), *(row(question=q) for q in (" ", ["q"], 5, "\ud800"))],
+    "instruction|input": [dict(instruction=5, output="a"),
+                          dict(instruction="q", input=["x"], output="a")],
+    "messages|question": [dict(messages=value, answer="a") for value in (
+        "hello", 5, USER, ["hello"], [None], [[]], [], [dict(role="user")], [told(None)], [told(5)],
+        [told("q", ["user"])], [told(["q"])], [told("q", "tool")], [told("q", "assistant")],
+        [told([dict(type="text", text=5)])], [USER, USER])],
+    "answer": [dict(question="q"), dict(messages=[USER]), *(row(answer=answer) for answer in (
+        "", " ", "<answer> </answer>", True, ["a"], {}))],
+    "no.png does not exist": [row(image="no.png")],
+    "is not a readable image": [row(image=name) for name in ("cut.png", "words.png", ".")],
+    "6000x6000 pixels": [row(image="large.png")],       # before it is found to be cut off, too
+    "image": [*(row(image=i) for i in (5, {}, {"bytes": 5}, {"bytes": "é"}, {"bytes": "AAAA"},
+                                       "\ud800", "a\0.png", "x" * 5000)), row(images=[["a.png"]])],
+    "leaves the data directory": [row(image=name) for name in ("../outside.png", "link.png",
+                                                               "ABSOLUTE/outside.png")],
+    "2 <image> .* 1 image": [row(question="<image><image>?", image="a.png")],
+    "1 <image> .* 0 images": [row(question="<image>?")],
+    "1 <image> .* 2 images": [row(question="<image>?", images=["a.png", "b.png"])],
+    "<image>": [row(choices=["<image>", "b"]), row(system="<image>"), row(rationale="<image>"),
+                dict(question="q", completion="<image>")],
+    "choices": [row(choices=c) for c in ("ab", ["a"], ["a"] * 27, [None, {}], [["a"], ["b"]])],
+    "rationale|thinking": [row(rationale=["x"]), row(thinking=5)], "system": [row(system=5)]}
+
+
+@pytest.mark.parametrize("message, bad", [(m, bad) for m, rows in BAD.items() for bad in rows],
+                         ids=lambda value: repr(value)[:60])
+def test_bad_rows(read, message, bad):
+    """The file, the line and the field; never a traceback, a wrong guess, a file from outside."""
+    with pytest.raises(data.DataError) as error:
+        read(row(), bad)
+    assert re.search(rf"rows\.jsonl:2\b.*?({message})", str(error.value), re.S), error.value
+
+
+@pytest.mark.parametrize("raw, message", [
+    (b"", "no usable row"), (b"\n \n", "no usable row"), (b"[]", "no usable row"),
+    (b'{"question": "q", "answer": "a"}\n{"question":', "jsonl:2: not JSON"),
+    (b'[{"question": "q", "answer": "a"}, ', "not JSON"), (b"[1]", "row 1: expected an object"),
+    (b"\xff\xfe\x00", "rows.jsonl"), (b'{"a": ' + b"[" * 99_999, "rows.jsonl"),
+    (b'{"question": "q", "answer": ' + b"9" * 5000 + b"}", "rows.jsonl")], ids=range(9))
+def test_bad_files(read, tmp_path, raw, message):
+    """Empty, cut off, of another encoding, nested without end, absent: each is a DataError."""
+    with pytest.raises(data.DataError, match=message):
+        read(raw=raw)
+    with pytest.raises(data.DataError, match="no such file"):
+        data.load_dataset(tmp_path / "none.jsonl")
+
+
+def test_skip_bad_rows(read, capsys):
+    """Skipping is asked for, counted, and never silent."""
+    rows = map(json.dumps, [row(), {}, row(image="no.png"), row(image="a.png")])
+    assert len(read(raw="\n".join(["{", *rows]).encode(), skip_bad_rows=True)) == 2
+    said = capsys.readouterr().out
+    assert "skipped 3 bad rows of 5" in said and "rows.jsonl:1" in said
+    with pytest.raises(data.DataError, match="no usable row"):
+        read({}, {}, skip_bad_rows=True)
+
+
+def test_split_of_a_file(read):
+    """The rows of val are not among those of train."""
+    rows = [row(question=f"q{i}") for i in range(100)]
+    train, val = (read(*rows, load=data.load_dataset, split=split) for split in ("train", "val"))
+    assert [e.question for e in train + val] == [r["question"] for r in rows] and len(val) == 5
+
+
+ODD = [None, True, 0, 1.5, -1, 10**400, float("nan"), "", " ", "a", "a.png", "../x", "/", "a\0b",
+       "\ud800", "<image>", "<answer>", "user", THREE, COT, ENCODED, [], {}, [[]], ["a", None],
+       [{}], {"a": []}, USER, PARTS, [USER], [PARTS], [told(None)], [told(["text"])],
+       {"type": "image"}, {"type": "text"}, {"text": 5}, {"bytes": "="}, {"path": 5}]
+
+
+def disturbed(rng, value):
+    """The value with something inside it exchanged or doubled."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.75:
+        value = value.copy()
+        key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        value[key] = disturbed(rng, value[key])
+        return value
+    return [value, value] if rng.random() < 0.1 else rng.choice(ODD)
+
+
+def test_fuzz_rows(read, processor):
+    """Whatever a row holds: DataError, or an example that can be trained on."""
+    rng, kept = random.Random(0), 0
+    fields = sorted({name for whole, *_ in LAYOUTS.values() for name in whole})
+    for _ in range(1500):
+        bad = disturbed(rng, rng.choice(list(LAYOUTS.values()))[0])
+        if isinstance(bad, dict) and rng.random() < 0.5:
+            bad = bad | {rng.choice(fields): rng.choice(ODD)}
+        try:
+            example = read(bad)[-1]
+        except data.DataError:
+            continue
+        text, tiles = processor.prompt(example)
+        assert processor.encode(text).count(processor.image) == 16 * len(tiles), bad
+        assert processor.image not in processor.response_ids(example.response), bad
+        assert example.answer.strip() and len(tiles) == len(example.images), bad
+        kept += 1
+    assert kept > 150
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "AVIF"])
+def test_fuzz_pictures(kind):
+    """Pillow's plugins answer a broken file with RuntimeError too (AVIF), not only OSError."""
+    rng = random.Random(0)
+    try:
+        whole = saved(data.world_example("test", 0).images[0], kind)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow does not write {kind}")
+    for _ in range(100):
+        broken = bytearray(whole)
+        for _ in range(rng.randint(1, 6)):
+            broken[rng.randrange(min(len(broken), rng.choice((200, 9999))))] = rng.randrange(256)
+        try:
+            data.open_image(bytes(broken), "here")
+        except data.DataError as error:
+            assert "here" in str(error)
+
+
+@pytest.mark.parametrize("name, count", [
+    ("easyvqa/test", 4868), ("geometry3k/val", 280), ("geometry3k/test_clean", 400),
+    ("puzzlevqa/val", 161), ("puzzlevqa/test", 161)])
+def test_real_data(name, count):
+    """Every row of the real sets, and every picture of them."""
+    if not REAL.is_dir():
+        pytest.skip("the real data sets do not lie beside the repository, in ../shared/data")
+    examples = data.read_examples(REAL / f"{name}.jsonl")
+    assert len(examples) == count == len({example.id for example in examples})
+    for example in examples:
+        assert example.answer.strip() and example.question.count(data.IMAGE) == 1
+        assert example.response.endswith(data.bare(example.answer))
+
+
+# ------------------------------------------------------------ the tokens; as in transformers
+
+@pytest.fixture(scope="module")
+def processor():
+    return data.Processor(data.train_tokenizer(BASE), 32, 16)
+
+
+def test_any_text_survives(processor):
+    """A byte has a token, whatever it is; tags that decode to nothing would earn no reward."""
+    rng = random.Random(0)
+    for _ in range(300):
+        ranges = rng.choices(((0, 127), (0, 0x7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)), k=12)
+        text = "".join(chr(rng.randint(*r)) for r in ranges) + rng.choice(("", " ", "12 3", "\n"))
+        ids = processor.encode(text)
+        assert processor.tokenizer.decode(ids, skip_special_tokens=False) == text
+        assert processor.decode(ids) == text.strip()
+    for i, style in itertools.product(range(60), ("canonical", "verbose", "answer")):
+        response = data.world_example("train", i, style).response
+        ids = processor.response_ids(response)
+        assert processor.decode(ids) == response and ids.index(processor.stop) == len(ids) - 1
+
+
+def test_tokenizer(processor):
+    """«12» as one token hides from the model that it is more than 9; a tag is one decision."""
+    vocabulary = processor.tokenizer.get_vocab()
+    assert all(re.fullmatch("Ġ?[0-9]", t) for t in vocabulary if re.search("[0-9]", t))
+    assert {*"0123456789", *(f"Ġ{i}" for i in range(6))} <= set(vocabulary)
+    for tag, space in itertools.product(("think", "/think", "answer", "/answer"), ("", " ", "\n")):
+        assert processor.encode(f"{space}<{tag}>") == [vocabulary[f"<{tag}>"]]
+    assert data.train_tokenizer(BASE).to_str() == processor.tokenizer.to_str()
+
+
+def test_banned(processor):
+    """A sampled placeholder breaks re-scoring; a banned end mark never ends."""
+    size, vocabulary = processor.tokenizer.get_vocab_size(), processor.tokenizer.get_vocab()
+    special = {vocabulary[t] for t in (data.PAD, data.START, data.AROUND, data.GLOBAL, data.IMAGE)}
+    assert processor.stop == vocabulary[data.STOP] and processor.stop not in special
+    assert processor.banned(size + 10).tolist() == [i >= size or i in special
+                                                    for i in range(size + 10)]
+
+
+def test_batch_is_its_prompts(processor):
+    """Padded on the right; the tiles of all pictures follow in reading order."""
+    examples = [data.world_example(split, i) for i in range(4) for split in ("test", "text")]
+    batch, single = processor.batch(examples), [processor.batch([e]) for e in examples]
+    assert torch.equal(batch.pixels, torch.cat([one.pixels for one in single]))
+    for ids, length, one in zip(batch.ids, batch.lengths, single):
+        assert torch.equal(ids[:length], one.ids[0]) and (ids[length:] == processor.pad).all()
+
+
+def picture(seed, width, height):
+    pixels = numpy.random.default_rng(seed).integers(0, 256, (height, width, 3))
+    return Image.fromarray(pixels.astype(numpy.uint8))
+
+
+def their_images(longest_edge):
+    module = pytest.importorskip("transformers.models.idefics3.image_processing_pil_idefics3")
+    return module.Idefics3ImageProcessorPil(
+        do_image_splitting=longest_edge > 32, size={"longest_edge": longest_edge},
+        max_image_size={"longest_edge": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+@pytest.mark.parametrize("longest_edge", [32, 64, 96, 100])
+def test_pixels_are_those_of_transformers(longest_edge):
+    """Pixels that differ between training and another's evaluation look like forgetting."""
+    rng, theirs = random.Random(0), their_images(longest_edge)
+    sizes = [(2, 2), (32, 32), (33, 32), (64, 64), (96, 32), (97, 96), (300, 2), (2, 300), (5, 200)]
+    for size in sizes + [(rng.randint(4, 250), rng.randint(4, 250)) for _ in range(60)]:
+        image = picture(0, *size)
+        tiles, rows, columns = data.image_tiles(image, 32, longest_edge)
+        expected = theirs(image, return_tensors="pt", return_row_col_info=True)
+        assert (expected["rows"], expected["cols"]) == ([[rows]], [[columns]]), size
+        assert torch.equal(expected["pixel_values"][0], data.pixel_tensor(tiles)), size
+    for size in ((1, 1), (1, 3000), (3000, 1), (3, 1)):     # transformers takes these for channels
+        tiles, _, _ = data.image_tiles(Image.new("RGB", size), 32, longest_edge)
+        assert {tile.size for tile in tiles} == {(32, 32)}
+
+
+@pytest.mark.parametrize("longest_edge", [32, 96])
+@pytest.mark.parametrize("system", ["", "Be brief."])
+@pytest.mark.parametrize("question, sizes", [
+    ("How many? 12 × 3", []), (" two  words\n", []), ("<image>How many?", [(64, 64)]),
+    ("<image> spaced", [(40, 90)]), ("<image><image>Same?", [(90, 40), (50, 60)]),
+    ("What is in <image> and not in\n<image>?", [(32, 32), (200, 30)])])
+def test_prompts_are_those_of_transformers(processor, question, sizes, longest_edge, system):
+    """The same characters, ids and tiles: with a system turn, with several pictures."""
+    transformers = pytest.importorskip("transformers")
+    tokens = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(processor.tokenizer.to_str()), pad_token=data.PAD,
+        bos_token=data.START, eos_token=data.STOP)
+    theirs = transformers.Idefics3Processor(their_images(longest_edge), tokens, image_seq_len=16,
+                                            chat_template=data.CHAT_TEMPLATE)
+    images = [picture(i, *size) for i, size in enumerate(sizes)]
+    content = [dict(type="image") if part == data.IMAGE else dict(type="text", text=part)
+               for part in re.split(f"({data.IMAGE})", question) if part]
+    turns = [told([dict(type="text", text=system)], "system")] * bool(system) + [told(content)]
+    template = theirs.apply_chat_template(turns, add_generation_prompt=True)
+    expected = theirs(text=template, images=images or None, return_tensors="pt",
+                      add_special_tokens=False)
+    ours = data.Processor(processor.tokenizer, 32, 16, longest_edge)
+    example = data.Example("x", question, "a", images=images, system=system)
+    batch, ids = ours.batch([example]), expected["input_ids"]
+    assert ours.prompt(example)[0] == tokens.decode(ids[0], skip_special_tokens=False)
+    assert torch.equal(batch.ids, ids) and batch.lengths.tolist() == [ids.shape[1]]
+    assert torch.equal(batch.pixels, expected.get("pixel_values", [batch.pixels[:0]])[0])

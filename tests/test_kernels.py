@@ -1,0 +1,438 @@
+"""Kernels against fp64, token log-probs against autograd, the sampler against the trainer."""
+import math
+import os
+import pathlib
+import subprocess
+import sys
+from collections import defaultdict
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import data
+import kernels
+import model as models
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLOATS, DRAWS = [torch.float32, torch.bfloat16], 20_000
+each_float = pytest.mark.parametrize("dtype", FLOATS)
+each_shape = pytest.mark.parametrize("H, K, E", [(9, 3, 64), (4, 2, 32), (5, 5, 16)])
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    return made.to(DEVICE, dtype)
+
+
+def close(got, expected, dtype=torch.float32):
+    """Within a few roundings of fp64; the interpreter truncates to bf16."""
+    tolerance = 2e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+def ways(function):
+    return [function.reference] + ([function.triton] if kernels.triton else [])
+
+
+@pytest.mark.parametrize("D", [1, 48, 72, 576])
+@pytest.mark.parametrize("x, delta", [(0, None), (0, 0), (0, 1), (1, None), (1, 1)])
+def test_rms_norm(D, x, delta):
+    """A mean over the padded block is wrong only at widths that are no power of two."""
+    x, weight = random(5, D, dtype=FLOATS[x]), random(D, dtype=FLOATS[x], seed=1)
+    delta = None if delta is None else random(5, D, dtype=FLOATS[delta], seed=2)
+    total = x.double() if delta is None else x.double() + delta.double()
+    normed = weight.double() * total / (total.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    for way in ways(kernels.rms_norm):
+        for got, expected in zip(way(x, delta, weight, 1e-5), (total, normed)):
+            assert got.dtype == x.dtype
+            close(got, expected, x.dtype)
+
+
+def cache_inputs(H, K, E, dtype):
+    """Five rows at all kinds of slots, in a window of 70 slots of a cache with room for 96."""
+    slots = torch.tensor([0, 69, 17, 63, 64], device=DEVICE)
+    q, k, v = (random(5, n, E, dtype=dtype, seed=seed) for seed, n in enumerate((H, K, K)))
+    return q, k, v, *(random(5, 96, K, E, dtype=dtype, seed=seed) for seed in (3, 4)), slots
+
+
+@each_shape
+@each_float
+def test_rotary_cache(H, K, E, dtype):
+    """Trap 13: finished rows write nothing; no row writes where another row's slots are."""
+    q, k, v, keys, values, slots = cache_inputs(H, K, E, dtype)
+    done = torch.tensor([False, False, True, False, True], device=DEVICE)
+    angles = random(5, E // 2, seed=6).double()
+    rope = [torch.cat([part, part], -1).float() for part in (angles.cos(), angles.sin())]
+
+    def rotated(x):
+        turned = torch.complex(*x.double().chunk(2, -1)) * torch.exp(1j * angles)[:, None]
+        return torch.cat([turned.real, turned.imag], -1)
+
+    written = torch.zeros(5, 96, dtype=torch.bool, device=DEVICE)
+    written[torch.arange(5, device=DEVICE), slots] = ~done
+    for way in ways(kernels.rotary_cache):
+        after = keys.clone(), values.clone()
+        close(way(q, k, v, *rope, *(x[:, :70] for x in after), slots, done), rotated(q), dtype)
+        for got, old, new in zip(after, (keys, values), (rotated(k), v)):
+            assert torch.equal(got[~written], old[~written])
+            close(got[written], new[~done], dtype)
+
+
+@each_shape
+@each_float
+def test_decode_attention(H, K, E, dtype):
+    """Rows of all lengths in a window of a wider cache, with garbage beyond each row's length."""
+    q, _, _, keys, values, slots = cache_inputs(H, K, E, dtype)
+    expected = torch.zeros(q.shape, dtype=torch.float64, device=DEVICE)
+    for row, length in enumerate((slots + 1).tolist()):
+        for head in range(H):
+            seen = (row, slice(length), head * K // H)
+            weights = (keys[seen].double() @ q[row, head].double() / math.sqrt(E)).softmax(0)
+            expected[row, head] = weights @ values[seen].double()
+        keys[row, length:], values[row, length:] = 100, 1e4
+    for way in ways(kernels.decode_attention):
+        close(way(q, keys[:, :70], values[:, :70], slots + 1), expected, dtype)
+
+
+def switches(temperature):
+    return [torch.full((1,), float(x), device=DEVICE)
+            for x in (1 / (temperature or 1), temperature > 0)]
+
+
+@pytest.mark.parametrize("V, free", [(7, 3), (513, 400), (5000, 3000), (5000, 40)])
+@pytest.mark.parametrize("temperature", [0, 0.7, 1])
+@each_float
+def test_sample(V, free, temperature, dtype):
+    """Kernel and reference draw the arg-max of fp64, with whole blocks of ids banned."""
+    logits = 3 * random(3, V, dtype=dtype)
+    banned = torch.arange(V, device=DEVICE) < V - free
+    banned[-1], logits[:, -1] = True, 60                     # the likeliest of all is banned
+    keys = torch.tensor([-2 ** 31, -1, 123456789], dtype=torch.int32, device=DEVICE)
+    scale, noise = switches(temperature)
+    wide = (logits.double() * scale.double()).masked_fill(banned, -math.inf)
+    tokens = (wide + noise * kernels.gumbel(keys, V)).argmax(-1)
+    for way in ways(kernels.sample):
+        got, logprobs = way(logits, banned, scale, noise, keys)
+        assert got.tolist() == tokens.tolist() and not banned[got].any()
+        close(logprobs, wide.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+        alone, _ = way(logits[1:2], banned, scale, noise, keys[1:2])
+        assert alone.tolist() == tokens[1:2].tolist(), "noise depends on the rest of the batch"
+
+
+def unmixed(x):
+    """numpy's inverse of the hash lowbias32, as int32: the key that gives word 0 the bits x."""
+    x = (x ^ x >> 16) * pow(0x846CA68B, -1, 2 ** 32) & 0xFFFFFFFF
+    x = (x ^ x >> 15 ^ x >> 30) * pow(0x7FEB352D, -1, 2 ** 32) & 0xFFFFFFFF
+    return torch.from_numpy((x ^ x >> 16).astype(np.uint32).view(np.int32)).to(DEVICE)
+
+
+def test_noise_of_all_bit_patterns():
+    """Infinite noise draws a token whatever the model says; one word in 2^23 is seldom seen."""
+    bits = np.arange(2 ** 23, dtype=np.uint64) << np.uint64(9)
+    noise, free = kernels.gumbel(unmixed(bits), 1)[:, 0].double(), torch.zeros(2) > 0
+    assert noise.isfinite().all() and (noise.diff() >= 0).all()
+    assert abs(noise.mean() - 0.5772157) < 1e-5 and abs(noise.var() - math.pi ** 2 / 6) < 1e-4
+    for way in ways(kernels.sample):             # word 0 gets the loudest noise, then the softest
+        for which, logit, token in ((bits[-1:], 25.0, 1), (bits[:1], -25.0, 0)):
+            logits = torch.tensor([[0.0, logit]], device=DEVICE)
+            got, _ = way(logits, free.to(DEVICE), *switches(1), unmixed(which))
+            assert int(got) == token
+
+
+def fits(counts, expected):
+    """Pearson's chi-square below the value passed once in 10,000 times (Wilson and Hilferty)."""
+    live = expected > 0
+    freedom = int(live.sum()) - 1
+    part, statistic = 2 / (9 * freedom), ((counts - expected).square() / expected)[live].sum()
+    assert not counts[~live].any()
+    return statistic < freedom * (1 - part + 3.72 * math.sqrt(part)) ** 3
+
+
+@pytest.mark.parametrize("kind", ["prompts", "steps", "group", "batch"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@torch.no_grad()
+def test_samples_follow_the_softmax(kind, temperature):
+    """Trap 1: tokens follow the softmax at T without banned ids, each independent of the last."""
+    n, mix = torch.arange(DRAWS, dtype=torch.int32, device=DEVICE), kernels.mix
+    seed, member, step = {
+        "prompts": (n, 0 * n, 0 * n), "steps": (0 * n + 7, 0 * n, n),
+        "group": (0 * n, n, 0 * n + 3), "batch": (n // 400, n % 20, n // 20 % 20)}[kind]
+    keys = mix(mix(mix(seed) ^ mix(member + 0x5EED)) ^ mix(step))
+    logits, banned = random(12), torch.zeros(12, dtype=torch.bool, device=DEVICE)
+    logits[3], banned[[3, 8]] = 9.0, True
+    tokens, _ = kernels.sample(logits.expand(DRAWS, -1), banned, *switches(temperature), keys)
+    chance = (logits.double() / temperature).masked_fill(banned, -math.inf).softmax(0)
+    assert fits(tokens.bincount(minlength=12), DRAWS * chance)
+    pairs = (tokens[:-1] * 12 + tokens[1:]).bincount(minlength=144)
+    assert fits(pairs, (DRAWS - 1) * (chance[:, None] * chance).flatten())
+    words = kernels.gumbel(keys, 3)
+    assert (torch.corrcoef(torch.cat([words[1:], words[:-1]], 1).T).triu(1).abs() < 0.03).all()
+
+
+def compile_for_gpus(kernel, *args, **options):
+    """In place of kernel[grid]: for exactly the types and constants that its launcher passes."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import mangle_type
+    fixed = {p.name: value for p, value in zip(kernel.params, args) if p.is_constexpr}
+    types = {p.name: "constexpr" if p.is_constexpr else mangle_type(value)
+             for p, value in zip(kernel.params, args)}
+    source = kernels.triton.compiler.ASTSource(kernel, types, fixed)
+    for target in (80, 89, 90):
+        made = kernels.triton.compile(source, GPUTarget("cuda", target, 32), options)
+        assert f".target sm_{target}" in made.asm["ptx"] and len(made.asm["cubin"]) > 1000
+        assert made.metadata.shared <= 99 * 1024, "more shared memory than an sm_89 has"
+        assert "lg2.approx" not in made.asm["ptx"], "it rounds log(1 - 2^-24) to 0: infinite noise"
+        print(kernel.__name__, target)
+
+
+LAUNCHED = ["rms_norm_kernel", "rotary_cache_kernel", "decode_attention_kernel", "sample_kernel"]
+
+
+def compile_all():
+    for name in LAUNCHED:
+        compiled = partial(compile_for_gpus, getattr(kernels, name))
+        setattr(kernels, name, defaultdict(lambda compiled=compiled: compiled))
+    for dtype in FLOATS:
+        q, k, v, keys, values, slots = cache_inputs(9, 3, 64, dtype)
+        x, rope, banned = random(5, 576, dtype=dtype), random(5, 64), torch.zeros(576).bool()
+        kernels.rms_norm.triton(x, x, x[0], 1e-5)
+        kernels.rotary_cache.triton(q, k, v, rope, rope, keys, values, slots, banned[:5])
+        kernels.decode_attention.triton(q, keys, values, slots + 1)
+        kernels.sample.triton(x, banned, *switches(1), slots.int())
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+def test_kernels_compile_for_gpus():
+    """The interpreter takes types, shapes and shared memory that no compiler and no GPU takes."""
+    root = str(pathlib.Path(kernels.__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, __file__], env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    expected = [f"{name} {target}" for name in LAUNCHED for target in (80, 89, 90)]
+    assert sorted(done.stdout.splitlines()) == sorted(2 * expected)
+
+
+class Watch(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot capture, and tensors of `limit` elements."""
+    REFUSED = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select",
+               "multinomial", "_unique2", "bincount", "equal"}
+
+    def __init__(self, limit=math.inf):
+        super().__init__()
+        self.limit, self.seen = limit, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, self.seen = function.overloadpacket.__name__, self.seen + 1
+        assert name not in self.REFUSED, function
+        assert name not in ("index", "index_put", "index_put_") or not any(
+            torch.is_tensor(i) and i.dtype == torch.bool for i in args[1]), "a mask as an index"
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            assert not torch.is_tensor(tensor) or tensor.numel() < self.limit, function
+        return out
+
+
+def plain(hidden, weight, targets, banned=None, temperature=1.0):
+    logits = hidden.double() @ weight.double().T / temperature
+    logp = (logits if banned is None else logits.masked_fill(banned, -1e30)).log_softmax(-1)
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def scorer_inputs(N, D, V, dtype=torch.float32):
+    hidden, weight = (random(n, D).cpu().to(dtype).requires_grad_() for n in (N, V))
+    return hidden, weight, torch.arange(N) * 7 % (V - 2) + 2, torch.arange(V) < 2
+
+
+def gradients(way, hidden, weight, *rest, slope=1):
+    logprob, entropy = way(hidden, weight, *rest)
+    return logprob, entropy, *torch.autograd.grad((logprob * slope).sum(), (hidden, weight))
+
+
+@pytest.mark.parametrize("chunk", [1, 13 * 4, 13 * 100])
+@pytest.mark.parametrize("ban", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logprobs(monkeypatch, chunk, ban, temperature):
+    """Chunks of one row, of four with a rest, of all: values, entropies and gradients of fp64."""
+    monkeypatch.setattr(kernels, "CHUNK", chunk)
+    for dtype in (torch.float32, torch.float64):
+        *inputs, banned = scorer_inputs(11, 5, 13, dtype)
+        inputs = *inputs, banned if ban else None, temperature
+        for got, expected in zip(*(gradients(way, *inputs, slope=random(11).cpu())
+                                   for way in (kernels.token_logprobs, plain))):
+            close(got, expected)
+    assert torch.autograd.gradcheck(
+        lambda h, w: kernels.token_logprobs(h, w, *inputs[2:])[0], inputs[:2])
+    assert not gradients(kernels.token_logprobs, inputs[0][:0], inputs[1], inputs[2][:0])[3].any()
+
+
+def test_chunks(monkeypatch):
+    """Trap 11: a head gradient summed in bf16 loses small parts; (N, V) logits are gigabytes."""
+    monkeypatch.setattr(kernels, "CHUNK", 8 * 32)
+    hidden, weight, targets, _ = scorer_inputs(4096, 16, 32, torch.bfloat16)
+    hidden = (hidden.detach() + 1).requires_grad_()
+    with Watch(limit=4096 * 32) as watch:
+        got = gradients(kernels.token_logprobs, hidden, weight, targets)[3]
+    chunks = zip(hidden.split(8), targets.split(8))
+    naive = sum(gradients(kernels.token_logprobs, h, weight, target)[3] for h, target in chunks)
+    exact = gradients(plain, hidden.double(), weight.double(), targets)[3]
+    error, worse = ((x - exact).norm() / exact.norm() for x in (got, naive))
+    assert error < 0.01 and worse > 0.03 and watch.seen > 1000
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    """A tiny model that likes banned ids most, and often its end mark; pictures and plain text."""
+    model, processor = models.fresh("s", [data.base_example(i) for i in range(200)], 0)
+    banned = processor.banned(model.vocabulary)
+    model.lm_head.weight.data *= torch.where(banned, 30, 10)[:, None]
+    for weight in model.parameters():            # a fresh layer is the identity: nothing attends
+        weight.data += 0.1 * torch.randn(weight.shape) * (not weight.any())
+    examples = [data.world_example(("test", "text")[i % 2], i) for i in range(4)]
+    batch, *alone = (processor.batch(some) for some in (examples, *([e] for e in examples)))
+    ids = kernels.Sampler(model.to(DEVICE), banned, -1).generate(batch, 16, 12).ids
+    return SimpleNamespace(
+        model=model, banned=banned.to(DEVICE), batch=batch.to(DEVICE), seeds=torch.arange(5, 9),
+        alone=[one.to(DEVICE) for one in alone], stop=int(ids.flatten().bincount().argmax()))
+
+
+def sampler_of(vlm, **options):
+    return kernels.Sampler(vlm.model, vlm.banned, vlm.stop, **options)
+
+
+@pytest.mark.parametrize("dtype, temperature, most, mean", [
+    (None, 1.0, 1e-4, 1e-4), (None, 0.7, 1e-4, 1e-4), (torch.bfloat16, 1.0, 0.1, 0.02)])
+@torch.no_grad()
+def test_sampled_is_what_is_trained(vlm, dtype, temperature, most, mean):
+    """Traps 1 and 3: T or banned ids on one side only. A bf16 copy once rounded rope with it."""
+    r = sampler_of(vlm, dtype=dtype).generate(vlm.batch, 8, 12, temperature, vlm.seeds)
+    logprobs, _ = vlm.model.score(vlm.batch, r.ids, r.mask, 8, vlm.banned, temperature)
+    gap = (logprobs - r.logprobs)[r.mask].abs()
+    assert gap.max() < most and gap.mean() < mean
+    assert not vlm.banned[r.ids[r.mask]].any() and len(r.ids[r.mask].unique()) > 20
+
+
+@torch.no_grad()
+def test_cache_equals_full_forward(vlm):
+    """Greedy tokens from the cache are those of whole rows read again for every token."""
+    for batch, row in zip(vlm.alone, sampler_of(vlm).generate(vlm.batch, 1, 12, 0.0).rows()):
+        for token in row:
+            logits = vlm.model.logits(vlm.model(batch)[0, -1]).masked_fill(vlm.banned, -math.inf)
+            assert int(logits.argmax()) == token
+            ids = torch.cat([batch.ids, batch.ids.new_tensor([[token]])], 1)
+            batch = data.Batch(ids, batch.lengths + 1, batch.pixels)
+
+
+def test_tokens_depend_on_the_seed_alone(vlm):
+    """One generator for the batch made every row change with its company, padding and group."""
+    sampler = sampler_of(vlm)
+    rows, again, other = (sampler.generate(vlm.batch, 4, 12, 1.0, vlm.seeds + late).rows()
+                          for late in (0, 0, 9))
+    assert rows == again
+    for i, batch in enumerate(vlm.alone):
+        group = rows[4 * i:4 * i + 4]
+        assert len(set(map(tuple, group))) > 1 and group != other[4 * i:4 * i + 4]
+        assert group[:2] == sampler.generate(batch, 2, 12, 1.0, vlm.seeds[i:i + 1]).rows()
+
+
+def test_the_end_mark_is_the_last_token_that_counts(vlm):
+    """Trap 2: a mask that drops the end mark trains a model that never stops; also at the limit."""
+    r = sampler_of(vlm).generate(vlm.batch, 8, 12, 1.0, vlm.seeds)
+    assert r.finished.any() and not r.finished.all() and r.mask.sum() == r.lengths.sum()
+    for row, length, finished in zip(r.rows(), r.lengths, r.finished):
+        assert vlm.stop not in row[:-1] and finished == (row[-1] == vlm.stop)
+        assert finished or length == 12
+    assert not r.ids[~r.mask].any() and not r.logprobs[~r.mask].any()
+    assert (r.logprobs[r.mask] < 0).all()
+    ends = sorted({int(n) for n in r.lengths[r.finished] if n > 1})
+    for limit in (ends[0] - 1, ends[0], ends[-1] - 1, ends[-1]):
+        cut = sampler_of(vlm).generate(vlm.batch, 8, limit, 1.0, vlm.seeds)
+        assert cut.rows() == [row[:limit] for row in r.rows()]
+        assert torch.equal(cut.finished, r.finished & (r.lengths <= limit))
+
+
+def addresses(sampler):
+    tensors = [*vars(sampler).values(), *(x for pair in sampler.cache for x in pair),
+               *sampler.model.parameters()]
+    return [x.data_ptr() for x in tensors if torch.is_tensor(x)]
+
+
+def test_finished_rows_write_nothing_and_buffers_stay(vlm):
+    """Trap 13: leftovers of a wide batch, or of finished rows, that the next batch attends to."""
+    sampler, fresh = sampler_of(vlm), sampler_of(vlm)
+    ends = sampler.generate(vlm.batch, 2, 12).lengths + vlm.batch.lengths.repeat_interleave(2) - 1
+    beyond = torch.arange(sampler.room, device=DEVICE) >= ends[:, None]
+    for part in (x for pair in sampler.cache for x in pair):
+        assert not part[beyond].any() and part[~beyond].flatten(1).any(1).all()
+    before = addresses(sampler)
+    got, expected = (s.generate(vlm.alone[3], 8, 12, 1.0, vlm.seeds[:1]) for s in (sampler, fresh))
+    assert before == addresses(sampler) and expected.lengths.unique().numel() > 3
+    assert torch.equal(got.ids, expected.ids)
+    close(got.logprobs, expected.logprobs)
+
+
+def test_refresh_follows_the_trainer(vlm):
+    """Trap 13: a copy that is never refreshed samples from the base model for the whole run."""
+    trained = SimpleNamespace(**{**vars(vlm), "model": models.VLM(vlm.model.raw).to(DEVICE)})
+    sampler, ask = sampler_of(trained, dtype=torch.bfloat16), (vlm.alone[1], 4, 12, 1.0)
+    old = sampler.generate(*ask).rows()
+    before, graph = addresses(sampler), sampler.graph
+    trained.model.load_state_dict(vlm.model.state_dict())
+    assert sampler.generate(*ask).rows() == old
+    sampler.refresh()
+    new = sampler.generate(*ask).rows()
+    assert new == sampler_of(trained, dtype=torch.bfloat16).generate(*ask).rows() != old
+    assert before == addresses(sampler) and graph is sampler.graph
+
+
+@torch.no_grad()
+def test_step_can_be_captured(vlm):
+    """Trap 13: no look at a tensor from Python, no shape from data, no buffer that moves."""
+    with pytest.raises(AssertionError), Watch():
+        bool(torch.ones(1, device=DEVICE))
+    sampler = sampler_of(vlm, capture=False)
+    expected = sampler.generate(vlm.batch, 2, 12, 1.0, vlm.seeds)
+    sampler.start(vlm.batch, 2, 1.0, vlm.seeds.to(DEVICE))
+    before, weights = addresses(sampler), [p.clone() for p in vlm.model.parameters()]
+    with Watch() as watch:
+        for _ in range(12):
+            sampler.step(sampler.room)
+    assert watch.seen > 100 and before == addresses(sampler)
+    assert torch.equal(sampler.ids, expected.ids) and torch.equal(sampler.count, expected.lengths)
+    assert all(map(torch.equal, weights, vlm.model.parameters()))
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+def test_sampler_on_kernels(vlm, monkeypatch):
+    """The uncaptured step of a GPU handed kernels a window of the cache; they read it as whole."""
+    results = []
+    for way in ("reference", "triton"):
+        for name in ("rotary_cache", "decode_attention", "sample", "rms_norm"):
+            monkeypatch.setattr(models if name == "rms_norm" else kernels, name,
+                                getattr(getattr(kernels, name), way))
+        results.append(sampler_of(vlm, capture=False).generate(vlm.batch, 1, 4, 1.0, vlm.seeds))
+        monkeypatch.undo()
+    assert results[0].rows() == results[1].rows()
+    close(results[0].logprobs, results[1].logprobs)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU captures graphs")
+@pytest.mark.parametrize("B, G, N", [(1, 1, 5), (3, 3, 17), (4, 8, 48)])
+@each_float
+def test_capture_changes_nothing(vlm, dtype, B, G, N):
+    """A replayed graph reads its buffers, not the values they had when it was captured."""
+    batch = data.Batch(vlm.batch.ids[:B], vlm.batch.lengths[:B], vlm.batch.pixels[:(B + 1) // 2])
+    captured, other = (sampler_of(vlm, dtype=dtype, capture=x) for x in (True, False))
+    for temperature, late in ((1.0, 0), (0.7, 1), (0.0, 2), (1.0, 0)):
+        ask = batch, G, N, temperature, vlm.seeds[:B] + late
+        assert captured.generate(*ask).rows() == other.generate(*ask).rows()
+    assert captured.graph is not None and other.graph is None
+
+
+if __name__ == "__main__":
+    compile_all()
