@@ -1,12 +1,9 @@
 """The pictures, the questions and the tokens that both ways of training share.
 
-1. The tabletop world: scenes on a 4x4 table, drawn with Pillow, six families of questions, and
-   rationales of which every step can be checked against the scene. Everything is a pure function
-   of (split, index), so a budget of 2,000 prompts is the beginning of a budget of 20,000.
+1. The tabletop world: scenes on a 4x4 table, six families of questions, rationales of which every
+   step can be checked; all a pure function of (split, index): 2,000 prompts begin 20,000 prompts.
 2. JSONL files: one function brings the rows of the common tools into one form, or says why not.
 3. Tokens: a byte-level BPE, the Idefics3 prompt, image tiles, and `Batch`.
-
-This file imports nothing else of this project.
 """
 import base64
 import functools
@@ -28,6 +25,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 MAX_PIXELS = 32_000_000              # a larger image is refused before it is decoded
 CHECKED = set()                      # image files and bytes that were decoded without error
 IMAGE = "<image>"
+LANCZOS = Image.Resampling.LANCZOS
 
 
 class DataError(ValueError):
@@ -63,12 +61,12 @@ def bare(answer):
 # ------------------------------------------------------------------ the tabletop world: scenes
 
 CELL, SIDE = 16, 4                   # 4 x 4 cells of 16 pixels: one image token sees one cell
-COLOURS = {"red": (214, 40, 40), "green": (44, 160, 70), "blue": (40, 90, 220),
-           "yellow": (235, 200, 30)}
+COLOURS = dict(red=(214, 40, 40), green=(44, 160, 70), blue=(40, 90, 220), yellow=(235, 200, 30))
 SHAPES = ("circle", "square", "triangle")
 HELD_OUT = {("red", "triangle"), ("blue", "circle")}        # never seen in training
+PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+KNOWN = [pair for pair in PAIRS if pair not in HELD_OUT]
 SPLITS = ("train", "val", "test", "ood", "text")
-OBJECTS = {"ood": (7, 9)}            # how many objects; everywhere else (2, 6)
 
 
 class Thing(NamedTuple):
@@ -81,36 +79,22 @@ class Thing(NamedTuple):
 
 def bucket(things):
     """Which split may hold these things (in these places): a checksum modulo 8."""
-    key = sorted((t.colour, t.shape, t.row, t.column) for t in things)
-    return zlib.crc32(repr(key).encode()) % 8
-
-
-def draw_things(rng, low, high, pairs):
-    things = []
-    for cell in rng.sample(range(SIDE * SIDE), rng.randint(low, high)):
-        row, column = divmod(cell, SIDE)
-        size = rng.randint(10, 13)
-        x = column * CELL + (CELL - size) // 2 + rng.randint(-1, 1)
-        y = row * CELL + (CELL - size) // 2 + rng.randint(-1, 1)
-        things.append(Thing(*rng.choice(pairs), row + 1, column + 1, (x, y, x + size, y + size)))
-    return things
-
-
-@functools.cache
-def allowed_pairs(held_out):
-    pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-    return pairs if held_out else [pair for pair in pairs if pair not in HELD_OUT]
+    return zlib.crc32(repr(sorted(thing[:4] for thing in things)).encode()) % 8
 
 
 def make_scene(rng, split):
     """Redraws until the scene belongs to this split, so that no two splits share a scene."""
-    low, high = OBJECTS.get(split, (2, 6))
+    buckets = {"test": (0,), "text": (0,), "val": (1,), "ood": range(8)}.get(split, range(2, 8))
+    low, high, pairs = (7, 9, PAIRS) if split == "ood" else (2, 6, KNOWN)
     while True:
-        things = draw_things(rng, low, high, allowed_pairs(split == "ood"))
-        if split == "ood":
-            if any((t.colour, t.shape) in HELD_OUT for t in things):
-                return things
-        elif bucket(things) in {"test": (0,), "text": (0,), "val": (1,)}.get(split, range(2, 8)):
+        things = []
+        for cell in rng.sample(range(SIDE * SIDE), rng.randint(low, high)):
+            (row, column), size = divmod(cell, SIDE), rng.randint(10, 13)
+            x, y = (at * CELL + (CELL - size) // 2 + rng.randint(-1, 1) for at in (column, row))
+            box = (x, y, x + size, y + size)
+            things.append(Thing(*rng.choice(pairs), row + 1, column + 1, box))
+        novel = any((thing.colour, thing.shape) in HELD_OUT for thing in things)
+        if novel == (split == "ood") and bucket(things) in buckets:
             return things
 
 
@@ -119,14 +103,13 @@ def paint(things):
     image = Image.new("RGB", (SIDE * CELL, SIDE * CELL), (245, 240, 230))
     pen = ImageDraw.Draw(image)
     for thing in things:
-        x1, y1, x2, y2 = thing.box
-        middle_x, fill = (x1 + x2) / 2, COLOURS[thing.colour]
+        (x1, y1, x2, y2), fill = thing.box, COLOURS[thing.colour]
         if thing.shape == "circle":
             pen.ellipse(thing.box, fill)
         elif thing.shape == "square":
             pen.rectangle(thing.box, fill)
         else:
-            pen.polygon([(middle_x, y1), (x2, y2), (x1, y2)], fill)
+            pen.polygon([((x1 + x2) / 2, y1), (x2, y2), (x1, y2)], fill)
     return image
 
 
@@ -138,68 +121,54 @@ def describe(things):
     return " ".join(f"row {row}: {', '.join(names)}." for row, names in rows.items())
 
 
-# --------------------------------------------------------------- the tabletop world: questions
-
-def plural(phrase):
-    return phrase + "s"
-
+# ------------------------------------------------ the tabletop world: questions and rationales
 
 def matching(things, phrase):
     """The things that a phrase like «red circles», «squares» or «blue shape» speaks of."""
     *colour, shape = phrase.split()
     shape = shape.removesuffix("s")
-    return [t for t in things if (not colour or t.colour == colour[0])
-            and shape in (t.shape, "shape")]
+    return [t for t in things if colour in ([], [t.colour]) and shape in (t.shape, "shape")]
 
 
 def pick_phrase(rng, things, kind):
     """A noun phrase, four times in five one that the table holds."""
-    thing = rng.choice(things)
+    colour, shape, *_ = rng.choice(things)
     if rng.random() < 0.2:
-        thing = Thing(rng.choice(list(COLOURS)), rng.choice(SHAPES), 0, 0, ())
-    return {"shape": thing.shape, "colour": f"{thing.colour} shape",
-            "pair": f"{thing.colour} {thing.shape}"}[kind]
-
-
-def pick_two(rng, things):
-    """Two noun phrases that no thing can match both of, and how many match each."""
-    kind, first, second = rng.choice(("shape", "colour")), None, None
-    while first == second:
-        first, second = pick_phrase(rng, things, kind), pick_phrase(rng, things, kind)
-    return first, second, len(matching(things, first)), len(matching(things, second))
+        colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+    return {"shape": shape, "colour": f"{colour} shape", "pair": f"{colour} {shape}"}[kind]
 
 
 def count_step(phrase, count):
-    return "count", dict(a=plural(phrase), n=count)
+    return "count", dict(a=phrase + "s", n=count)
 
 
-def arithmetic_step(x, sign, y):
+def arithmetic(x, sign, y):
     return "arithmetic", dict(x=x, sign=sign, y=y, n={"+": x + y, "-": x - y, "*": x * y}[sign])
 
 
 # Each ask_* returns what the wording needs, the claims (see CLAIMS) that lead there, the answer.
-
 def ask_count(rng, things, family):
     phrase = pick_phrase(rng, things, rng.choice(("shape", "colour", "pair")))
     count = len(matching(things, phrase))
-    return (dict(a=plural(phrase)), [count_step(phrase, count)], str(count))
+    return dict(a=phrase + "s"), [count_step(phrase, count)], str(count)
 
 
 def ask_pair(rng, things, family):
-    """The four families that count two phrases and do something with the counts."""
-    a, b, n, m = pick_two(rng, things)
+    """The four families that count two phrases; no thing can match both of them."""
+    kind, a, b = rng.choice(("shape", "colour")), None, None
+    while a == b:
+        a, b = pick_phrase(rng, things, kind), pick_phrase(rng, things, kind)
+    n, m = len(matching(things, a)), len(matching(things, b))
     x, y = rng.randint(2, 5), rng.randint(2, 5)
     if n < m if family == "difference" else rng.random() < 0.5:
         a, b, n, m = b, a, m, n
     sign = ">" if n > m else "<" if n < m else "="
-    end, answer = {
-        "sum": ([arithmetic_step(n, "+", m)], n + m),
-        "cost": ([arithmetic_step(n, "*", x), arithmetic_step(m, "*", y),
-                  arithmetic_step(n * x, "+", m * y)], n * x + m * y),
-        "difference": ([arithmetic_step(n, "-", m)], n - m),
-        "comparison": ([("compare", dict(x=n, sign=sign, y=m))], "yes" if n > m else "no")}[family]
-    fill = dict(a=a, b=b, x=x, y=y) if family == "cost" else dict(a=plural(a), b=plural(b))
-    return (fill, [count_step(a, n), count_step(b, m), *end], str(answer))
+    end = {"sum": [arithmetic(n, "+", m)], "difference": [arithmetic(n, "-", m)],
+           "cost": [arithmetic(n, "*", x), arithmetic(m, "*", y), arithmetic(n * x, "+", m * y)],
+           "comparison": [("compare", dict(x=n, sign=sign, y=m))]}[family]
+    answer = end[-1][1].get("n", "yes" if n > m else "no")
+    fill = dict(a=a, b=b, x=x, y=y) if family == "cost" else dict(a=a + "s", b=b + "s")
+    return fill, [count_step(a, n), count_step(b, m), *end], str(answer)
 
 
 def ask_location(rng, things, family):
@@ -210,59 +179,52 @@ def ask_location(rng, things, family):
     thing = rng.choice(single)
     name = f"{thing.colour} {thing.shape}"
     steps = [("place", dict(a=name, row=thing.row, column=thing.column))]
-    return (dict(a=name), steps, str(list(thing.box)))
+    return dict(a=name), steps, str(list(thing.box))
 
 
-# family: (how to ask, wordings in training; the last wording is held out for the split ood)
+# family: (how to ask, wordings in training, the wording that is held out for the split ood)
 FAMILIES = {
-    "count": (ask_count, ("How many {a} are there?", "How many {a} do you see?",
-                          "What is the number of {a}?")),
-    "sum": (ask_pair, ("How many {a} and {b} are there together?",
-                      "What do {a} and {b} add up to?", "{a} plus {b}: how many in total?")),
-    "cost": (ask_pair, ("Each {a} costs {x} and each {b} costs {y}. What do they cost together?",
-                        "Price of a {a}: {x}, of a {b}: {y}. What does everything cost?",
-                        "For {x} per {a} and {y} per {b}, what is the total?")),
-    "difference": (ask_pair, ("How many more {a} than {b} are there?",
-                                    "By how many do {a} outnumber {b}?",
-                                    "Take the number of {b} from the number of {a}. What is left?")),
-    "comparison": (ask_pair, ("Are there more {a} than {b}?",
-                                    "Do {a} outnumber {b}?", "Is the number of {a} above that of {b}?")),
-    "location": (ask_location, ("Where is the {a}?", "Find the {a}.", "Which box holds the {a}?")),
-}
-
-# -------------------------------------------------------------- the tabletop world: rationales
-
+    "count": (ask_count, "How many {a} are there?", "How many {a} do you see?",
+              "What is the number of {a}?"),
+    "sum": (ask_pair, "How many {a} and {b} are there together?", "What do {a} and {b} add up to?",
+            "{a} plus {b}: how many in total?"),
+    "cost": (ask_pair, "Each {a} costs {x} and each {b} costs {y}. What do they cost together?",
+             "Price of a {a}: {x}, of a {b}: {y}. What does everything cost?",
+             "For {x} per {a} and {y} per {b}, what is the total?"),
+    "difference": (ask_pair, "How many more {a} than {b} are there?",
+                   "By how many do {a} outnumber {b}?",
+                   "Take the number of {b} from the number of {a}. What is left?"),
+    "comparison": (ask_pair, "Are there more {a} than {b}?", "Do {a} outnumber {b}?",
+                   "Is the number of {a} above that of {b}?"),
+    "location": (ask_location, "Where is the {a}?", "Find the {a}.", "Which box holds the {a}?")}
 CLAIMS = {      # kind: (canonical wording, verbose wording); both spoken and parsed by these
     "count": ("{a}: {n}", "I count {n} {a}"),
     "arithmetic": ("{x} {sign} {y} = {n}", "{x} {word} {y} makes {n}"),
     "compare": ("{x} {sign} {y}", "{x} is {word} {y}"),
-    "place": ("{a}: row {row}, column {column}", "I see the {a} in row {row} and column {column}"),
-}
-WORDS = {"+": "plus", "-": "minus", "*": "times", ">": "more than", "<": "fewer than",
-         "=": "as many as"}
+    "place": ("{a}: row {row}, column {column}", "I see the {a} in row {row} and column {column}")}
+WORDS = dict(zip("+-*><=", ("plus", "minus", "times", "more than", "fewer than", "as many as")))
 NOUN = rf"(?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(SHAPES)}|shape)s?"
 FIELDS = dict(a=NOUN, sign=r"[-+*<>=]", word="|".join(WORDS.values()))      # the others: numbers
-PATTERNS = [(kind, re.sub(r"\{(\w+)\}", lambda f: f"(?P<{f[1]}>{FIELDS.get(f[1], '[0-9]+')})", text))
+PATTERNS = [(kind, re.sub(r"{(\w+)}", lambda f: f"(?P<{f[1]}>{FIELDS.get(f[1], '[0-9]+')})", text))
             for kind, wordings in CLAIMS.items() for text in wordings]
 FILLERS = ("Okay, let me look at the table", "Hmm, let me think about this",
            "Wait, I should check that again", "Let me look once more to be safe",
            "Alright, that seems right", "So now I am sure")
 
 
-def say(step, verbose=False):
-    kind, values = step
+def say(kind, values, verbose=False):
     return CLAIMS[kind][verbose].format(**values, word=WORDS.get(values.get("sign")))
 
 
 def rationale(steps, style, rng=None):
     """canonical: the claims. verbose: the same claims R1-style, hesitating and checking twice."""
     if style == "canonical":
-        return ". ".join(say(step) for step in steps) + "."
+        return ". ".join(say(*step) for step in steps) + "."
     sentences = [rng.choice(FILLERS[:2])]
     for step in steps:
-        sentences.append(say(step, verbose=True))
+        sentences.append(say(*step, verbose=True))
         if rng.random() < 0.4:
-            sentences += [rng.choice(FILLERS[2:4]), say(step, verbose=True)]
+            sentences += [rng.choice(FILLERS[2:4]), say(*step, verbose=True)]
     return ". ".join(sentences + [rng.choice(FILLERS[4:])]) + "."
 
 
@@ -272,24 +234,20 @@ def is_true(scene, sentence):
     kind, found = next(((kind, match) for kind, match in matches if match), (None, None))
     if found is None:
         return False
-    values = found.groupdict()
     if kind in ("count", "place"):
-        things = matching(scene, values["a"])
+        things = matching(scene, found["a"])
         if kind == "count":
-            return len(things) == int(values["n"])
-        return (int(values["row"]), int(values["column"])) in [(t.row, t.column) for t in things]
-    sign = values.get("sign") or next(s for s, word in WORDS.items() if word == values["word"])
-    x, y = int(values["x"]), int(values["y"])
+            return len(things) == int(found["n"])
+        return (int(found["row"]), int(found["column"])) in [(t.row, t.column) for t in things]
+    sign = next(s for s, word in WORDS.items() if {s, word} & {*found.groups()})
+    x, y = int(found["x"]), int(found["y"])
     if kind == "compare":
         return {">": x > y, "<": x < y, "=": x == y}.get(sign, False)
-    return {"+": x + y, "-": x - y, "*": x * y}.get(sign) == int(values["n"])
+    return {"+": x + y, "-": x - y, "*": x * y}.get(sign) == int(found["n"])
 
 
 def check_steps(scene, text):
-    """Every sentence of a rationale against the scene: [(sentence, True | False | None)].
-
-    None is a known filler, which claims nothing. A sentence that says nothing checkable is False.
-    """
+    """[(sentence, whether it says something true)]; None for a filler, which claims nothing."""
     sentences = filter(None, (part.strip() for part in re.split(r"\.(?:\s|$)", text)))
     return [(s, None if s in FILLERS else len(s) < 100 and is_true(scene, s)) for s in sentences]
 
@@ -301,9 +259,8 @@ def world_example(split, index, style="canonical"):
     if split not in SPLITS:
         raise DataError(f"split {split!r}: the tabletop world has {', '.join(SPLITS)}")
     rng = random.Random(f"{'test' if split == 'text' else split}/{index}")
-    family = list(FAMILIES)[index % len(FAMILIES)]
-    ask, wordings = FAMILIES[family]
-    question = None
+    family, question = list(FAMILIES)[index % len(FAMILIES)], None
+    ask, *wordings = FAMILIES[family]
     while question is None:
         scene = make_scene(rng, split)
         question = ask(rng, scene, family)
@@ -311,10 +268,8 @@ def world_example(split, index, style="canonical"):
     fill, steps, answer = question
     text = wording.format(**fill)
     text = text[0].upper() + text[1:]
-    if split == "text":
-        text, images = f"The table: {describe(scene)} {text}", []
-    else:
-        text, images = IMAGE + text, [paint(scene)]
+    images = [] if split == "text" else [paint(scene)]
+    text = IMAGE + text if images else f"The table: {describe(scene)} {text}"
     response = bare(answer) if style == "answer" else reasoned(rationale(steps, style, rng), answer)
     return Example(f"{split}/{index}", text, answer, response, images, family=family, scene=scene)
 
@@ -327,49 +282,39 @@ def world_example_of(name):
     return world_example(split, int(index))
 
 
-SEEING = 16_000                      # examples of the base in which captions and lists prevail
-BASE_MIX = {  # kind of pretraining example: (share while it learns to see, share afterwards)
-    "caption": (20, 4), "counts": (45, 32), "boxes": (10, 8), "answer": (10, 30),
-    "reasoned": (8, 14), "text": (7, 12)}
+# kinds of pretraining example and their shares in percent
+BASE_MIX = {"caption": 6, "counts": 34, "boxes": 8, "answer": 28, "reasoned": 13, "text": 11}
 
 
-def list_counts(rng, things, shuffled):
-    """Every shape and colour: where a small model learns to count, then to count what is named."""
+def list_counts(rng, things):
+    """Many counts for one picture, mostly in any order: where a small model learns to count."""
     phrases = [*SHAPES, *(f"{colour} shape" for colour in COLOURS)]
-    if shuffled:
+    if rng.random() < 0.85:
         rng.shuffle(phrases)
         phrases[4:] = [pick_phrase(rng, things, "pair") for _ in range(2)]
     steps = [count_step(phrase, len(matching(things, phrase))) for phrase in phrases]
     return "Count everything.", rationale(steps, "canonical")
 
 
-def list_boxes(rng, things):
-    some = rng.sample(things, min(3, len(things)))
-    question = "Box " + ", ".join(f"{t.colour} {t.shape}" for t in some) + "."
-    return question, " ".join(f"{t.colour} {t.shape}: {list(t.box)}." for t in some)
-
-
 def base_example(index):
-    """Pretraining: captions, counts, boxes, bare answers, some reasoned ones, tables in words.
-
-    In the end the base model can reason, but mostly answers at once, as instruct models do.
-    """
+    """Pretraining for a model that can reason but mostly answers at once, as instruct models do."""
     rng = random.Random(f"base/{index}")
-    kind, = rng.choices(list(BASE_MIX), [mix[index >= SEEING] for mix in BASE_MIX.values()])
-    example = world_example("train", 10_000_000 + index,
-                            "canonical" if kind == "reasoned" else "answer")
-    question, response, images = example.question, example.response, example.images
+    kind, = rng.choices(list(BASE_MIX), list(BASE_MIX.values()))
+    style = "canonical" if kind == "reasoned" else "answer"
+    example = world_example("train", 10_000_000 + index, style)
+    question, response = example.question.removeprefix(IMAGE), example.response
+    scene, images = example.scene, [] if kind == "text" else example.images
     if kind == "text":
-        question = f"The table: {describe(example.scene)} {question.removeprefix(IMAGE)}"
-        images = []
+        question = f"The table: {describe(scene)} {question}"
     elif kind == "caption":
-        question, response = "Describe the table.", describe(example.scene)
+        question, response = "Describe the table.", describe(scene)
     elif kind == "counts":
-        question, response = list_counts(rng, example.scene, index >= SEEING)
+        question, response = list_counts(rng, scene)
     elif kind == "boxes":
-        question, response = list_boxes(rng, example.scene)
-    if images and not question.startswith(IMAGE):
-        question = IMAGE + question
+        some = [(f"{t.colour} {t.shape}", t.box) for t in rng.sample(scene, min(3, len(scene)))]
+        question = f"Box {', '.join(name for name, _ in some)}."
+        response = " ".join(f"{name}: {list(box)}." for name, box in some)
+    question = IMAGE * len(images) + question
     return replace(example, question=question, response=response, images=images)
 
 
@@ -377,9 +322,8 @@ class World:
     """A split of the tabletop world as a sequence: `World("train")[7]`."""
 
     def __init__(self, split, style="canonical", size=20_000):
-        self.make, self.size = functools.partial(world_example, split, style=style), size
-        if split == "base":
-            self.make = base_example
+        world = functools.partial(world_example, split, style=style)
+        self.make, self.size = base_example if split == "base" else world, size
 
     def __len__(self):
         return self.size
@@ -429,16 +373,16 @@ def first(row, *names):
 
 def message_turns(messages, where):
     """Chat messages -> {"system" | "user" | "assistant": text}; one question, one answer."""
-    names, turns = {"human": "user", "gpt": "assistant"}, {}
+    turns = {}
+    names = dict(human="user", gpt="assistant", system="system", user="user", assistant="assistant")
     for message in messages:
         message = message if isinstance(message, dict) else {}
         role, content = first(message, "role", "from"), first(message, "content", "value")
-        role = names.get(role, role) if isinstance(role, str) else role
+        role = names.get(role) if isinstance(role, str) else None
         if isinstance(content, list) and all(isinstance(part, dict) for part in content):
             content = "".join(IMAGE if part.get("type") == "image" else str(part.get("text", ""))
                               for part in content)
-        if role not in ("system", "user", "assistant") or role in turns or \
-                not isinstance(content, str):
+        if role is None or role in turns or not isinstance(content, str):
             raise DataError(f"{where}: field messages: expected one user turn and at most one "
                             f"system and one assistant turn with text, got {message!r:.80}")
         turns[role] = content
@@ -475,11 +419,9 @@ def strip_answer(text):
 
 def row_answer(row, response, where):
     """-> (answer that the grader compares with, response that imitation learns)."""
-    answer = first(row, "answer", "ground_truth", "solution")
     response = response if isinstance(response, str) else None
-    answer = response if answer is None else answer
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) \
-            or not strip_answer(str(answer)):
+    answer = first(row | {"turn": response}, "answer", "ground_truth", "solution", "turn")
+    if type(answer) not in (str, int, float) or not strip_answer(str(answer)):
         raise DataError(f"{where}: no answer: expected text or a number in answer, ground_truth, "
                         f"solution or an assistant turn; got {answer!r:.80}")
     answer, thought = strip_answer(str(answer)), first(row, "rationale", "thinking")
@@ -512,34 +454,27 @@ def read_row(row, root, where):
                    turns.get("system", ""))
 
 
-def json_rows(path):
-    """(place, text of one row) of a .jsonl file or a .json list."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if text.lstrip().startswith("["):
-        try:
-            return [(f"{path}: row {i}", json.dumps(row)) for i, row in
-                    enumerate(json.loads(text), 1)]
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: not JSON ({error})") from None
-    return [(f"{path}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+def parsed(text, where):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error})") from None
 
 
 @functools.cache
 def read_examples(path, skip_bad_rows=False):
-    """A .jsonl or .json file of any layout -> [Example]. Image paths are relative to the file.
-
-    Raises DataError at the first bad row, or counts and skips with `skip_bad_rows`.
-    """
+    """A .jsonl or .json file of any layout -> [Example]; image paths are relative to the file."""
     path, examples, bad = pathlib.Path(path), [], []
     if not path.is_file():
         raise DataError(f"{path}: no such file; --data takes «world» or a .jsonl or .json file")
-    for where, line in json_rows(path):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    listed = text.lstrip().startswith("[")
+    rows = [json.dumps(row) for row in parsed(text, path)] if listed else text.split("\n")
+    for number, line in enumerate(rows, 1):
+        where = f"{path}: row {number}" if listed else f"{path}:{number}"
         try:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not JSON ({error})") from None
-            examples.append(read_row(row, path.parent, where))
+            if line.strip():
+                examples.append(read_row(parsed(line, where), path.parent, where))
         except DataError as error:
             if not skip_bad_rows:
                 raise
@@ -556,9 +491,8 @@ def load_dataset(data, split="train", style="canonical", skip_bad_rows=False):
     if data == "world":
         return World(split, style)
     examples = read_examples(data, skip_bad_rows)
-    held = min(200, len(examples) // 20)
-    return {"train": examples[:len(examples) - held],
-            "val": examples[len(examples) - held:]}.get(split, examples)
+    kept = len(examples) - min(200, len(examples) // 20)
+    return {"train": examples[:kept], "val": examples[kept:]}.get(split, examples)
 
 
 # ---------------------------------------------------------------------- tokens, prompts, tiles
@@ -580,8 +514,8 @@ def train_tokenizer(examples, vocabulary=2048):
         pre_tokenizers.Split(Regex(r" ?\d"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [example.question + " " + example.response for example in examples]
-    texts = [re.sub(r"</?(image|think|answer)>", "\n", text) for text in texts]
+    texts = (f"{example.question} {example.response}" for example in examples)
+    texts = [re.sub("</?(image|think|answer)>", "\n", text) for text in texts]
     tokenizer.train_from_iterator(texts + ["User:", "Assistant:"] * 20, trainers.BpeTrainer(
         vocab_size=vocabulary, min_frequency=8, show_progress=False,
         special_tokens=[PAD, START, STOP, AROUND, GLOBAL, IMAGE],
@@ -591,37 +525,27 @@ def train_tokenizer(examples, vocabulary=2048):
     return tokenizer
 
 
-def resized(image, width, height):
-    size = (width, height)
-    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+def shorter_side(size, longer):
+    """The shorter side once the longer one is `longer`, in the arithmetic of transformers."""
+    ratio = size[0] / size[1]
+    return int(longer / ratio if ratio >= 1 else longer * ratio)
 
 
 def image_tiles(image, tile, longest_edge):
-    """Idefics3's preprocessing -> (tiles [row-major, then the global view], rows, columns).
-
-    `longest_edge` equal to `tile` gives one tile and rows = columns = 0.
-    """
-    width, height = image.size
-    if width >= height:
-        width, height = longest_edge, int(longest_edge / (width / height))
-        height += height % 2
-    else:
-        width, height = int(longest_edge * (width / height)), longest_edge
-        width += width % 2
-    image = resized(image, max(width, 1), max(height, 1))
-    width, height = image.size
-    if width >= height:
-        columns = math.ceil(width / tile)
-        rows = math.ceil(int(columns * tile / (width / height)) / tile)
-    else:
-        rows = math.ceil(height / tile)
-        columns = math.ceil(int(rows * tile * (width / height)) / tile)
+    """Idefics3's preprocessing -> [tiles, then the global view], rows, columns (0, 0: one tile)."""
+    short = shorter_side(image.size, longest_edge)
+    short = max(short + short % 2, 1)
+    size = (longest_edge, short) if image.width >= image.height else (short, longest_edge)
+    image = image.resize(size, LANCZOS)
+    long = math.ceil(max(size) / tile)
+    short = math.ceil(shorter_side(size, long * tile) / tile)
+    rows, columns = (short, long) if image.width >= image.height else (long, short)
     if longest_edge <= tile or rows * columns == 1:
-        return [resized(image, tile, tile)], 0, 0
-    image = resized(image, columns * tile, rows * tile)
+        return [image.resize((tile, tile), LANCZOS)], 0, 0
+    image = image.resize((columns * tile, rows * tile), LANCZOS)
     tiles = [image.crop((c * tile, r * tile, (c + 1) * tile, (r + 1) * tile))
              for r in range(rows) for c in range(columns)]
-    return tiles + [resized(image, tile, tile)], rows, columns
+    return tiles + [image.resize((tile, tile), LANCZOS)], rows, columns
 
 
 # transformers' arithmetic, for each of the 256 values: /255 in fp64, then fp32 (x - 0.5) / 0.5
@@ -648,37 +572,28 @@ class Batch:
 def pad_rows(rows, pad, width=None):
     """[[id]] -> (B, T) padded on the right, (B,) lengths."""
     lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.full((len(rows), width or max(1, int(lengths.max()))), pad)
-    for i, row in enumerate(rows):
-        ids[i, :len(row)] = torch.tensor(row, dtype=torch.long)
-    return ids, lengths
+    width = width or max(1, int(lengths.max()))
+    return torch.tensor([row + [pad] * (width - len(row)) for row in rows]), lengths
 
 
 class Processor:
     """Tokenizer and picture geometry of one checkpoint: all that stands between text and ids."""
 
     def __init__(self, tokenizer, tile, image_tokens, longest_edge=None):
-        self.tokenizer, self.tile, self.image_tokens = tokenizer, tile, image_tokens
-        self.longest_edge = longest_edge or tile
-        self.stop = tokenizer.token_to_id(STOP)
-        self.image = tokenizer.token_to_id(IMAGE)
-        self.pad = tokenizer.token_to_id(PAD) if tokenizer.token_to_id(PAD) is not None else 2
-
-    def placeholder(self, rows, columns):
-        """The text that one picture becomes."""
-        one = IMAGE * self.image_tokens
-        grid = "".join("".join(f"{AROUND}<row_{r + 1}_col_{c + 1}>{one}" for c in range(columns))
-                       + "\n" for r in range(rows))
-        return grid + ("\n" if rows else "") + f"{AROUND}{GLOBAL}{one}{AROUND}"
+        self.tokenizer, self.tile, self.longest_edge = tokenizer, tile, longest_edge or tile
+        self.stop, self.image, pad = map(tokenizer.token_to_id, (STOP, IMAGE, PAD))
+        self.image_tokens, self.pad = image_tokens, 2 if pad is None else pad
 
     def prompt(self, example):
         """-> (prompt text with expanded pictures, tiles)."""
-        parts, tiles = example.question.split(IMAGE), []
-        text = parts[0]
-        for picture, part in zip(example.pictures(), parts[1:]):
+        (text, *parts), tiles, one = example.question.split(IMAGE), [], IMAGE * self.image_tokens
+        for picture, part in zip(example.pictures(), parts):
             some, rows, columns = image_tiles(picture, self.tile, self.longest_edge)
             tiles += some
-            text += self.placeholder(rows, columns) + part
+            for row in range(1, rows + 1):
+                text += "".join(f"{AROUND}<row_{row}_col_{column}>{one}"
+                                for column in range(1, columns + 1)) + "\n"
+            text += "\n" * (rows > 0) + f"{AROUND}{GLOBAL}{one}{AROUND}{part}"
         system = f"System: {example.system}{STOP}\n" if example.system else ""
         space = "" if example.question.startswith(IMAGE) else " "
         return f"{START}{system}User:{space}{text}{STOP}\nAssistant:", tiles
@@ -703,8 +618,6 @@ class Processor:
 
     def banned(self, vocabulary):
         """(V,) True for ids that only prompts may hold, and for ids without a token."""
-        special = [i for i, token in self.tokenizer.get_added_tokens_decoder().items()
-                   if token.special and i != self.stop]
-        banned = torch.arange(vocabulary) >= self.tokenizer.get_vocab_size()
-        banned[[i for i in special if i < vocabulary]] = True
-        return banned
+        added, size = self.tokenizer.get_added_tokens_decoder(), self.tokenizer.get_vocab_size()
+        special = {i for i, token in added.items() if token.special and i != self.stop}
+        return torch.tensor([i in special or i >= size for i in range(vocabulary)])

@@ -3,10 +3,9 @@
     python evaluate.py --model runs/grpo      accuracy per split and family with 95 % intervals
     python evaluate.py study                  the whole comparison, as a list of commands
 
-A response is right when what stands in its last <answer> tags equals the gold answer: numbers by
-value, words and choices by text, boxes by IoU >= 0.5. It is formatted when it is exactly
-<think>...</think><answer>...</answer>. In the tabletop world it is faithful when it is right and
-every step of its reasoning is true, and lucky when it is right and some step is false.
+Right: what stands in the last <answer> tags equals the gold answer; numbers by value, words and
+choices by text, boxes by IoU >= 0.5. Formatted: exactly <think>...</think><answer>...</answer>. In
+the tabletop world also faithful: right, with every step of the reasoning true; else lucky.
 """
 import argparse
 import base64
@@ -30,9 +29,9 @@ from tqdm import tqdm
 
 import data
 from kernels import Sampler
-from model import CheckpointError, load, write_json, write_text
+from model import CheckpointError, load, read_json, write_text
 
-# -------------------------------------------------------------------------------- command line
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def option(default, doc, choices=None, least=None):
@@ -75,9 +74,6 @@ def run_script(main, Config, doc, argv=None):
         sys.exit("stopped")
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
 # ----------------------------------------------------------------------------------- the grader
 
 BOX = re.compile(r"\[\s*(-?\d+(?:\.\d+)?(?:\s*,\s*-?\d+(?:\.\d+)?){3})\s*\]")
@@ -91,7 +87,7 @@ class Grade:
     correct: bool
     formatted: bool
     faithful: bool | None = None     # None where the truth of the steps is not known
-    steps: list = dataclasses.field(default_factory=list)
+    steps: list = ()
 
 
 def number(text):
@@ -166,8 +162,6 @@ def grade(response, example):
 
 def wilson(right, n, z=1.96):
     """95 % interval of a proportion (Wilson 1927)."""
-    if not n:
-        return 0.0, 1.0
     share, spread = right / n, z * z / n
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
@@ -204,9 +198,7 @@ def mean(values):
 
 def summary(rows):
     """Rows of one split -> figures. Intervals count questions, not samples."""
-    by_id = {}
-    for row in rows:
-        by_id.setdefault(row["id"], []).append(row["correct"])
+    by_id = {name: [row["correct"] for row in some] for name, some in grouped(rows, "id").items()}
     n, samples = len(by_id), min(len(marks) for marks in by_id.values())
     accuracy = mean(mean(marks) for marks in by_id.values())
     figures = dict(n=n, accuracy=accuracy, interval=wilson(accuracy * n, n),
@@ -214,50 +206,46 @@ def summary(rows):
                    length=mean(len(row["response_ids"]) for row in rows),
                    truncated=mean(row["truncated"] for row in rows))
     if rows[0]["faithful"] is not None:
-        figures["faithful"] = mean(row["faithful"] for row in rows)
-        figures["lucky"] = mean(row["correct"] and row["formatted"] and not row["faithful"]
-                                for row in rows)
+        figures |= dict(faithful=mean(r["faithful"] for r in rows), lucky=mean(
+            r["correct"] and r["formatted"] and not r["faithful"] for r in rows))
     if samples > 1:
-        figures["pass_at"] = {2 ** i: mean(pass_at_k(len(m), sum(m), 2 ** i)
-                                           for m in by_id.values())
-                              for i in range(samples.bit_length())}
+        figures["pass_at"] = {k: mean(pass_at_k(len(m), sum(m), k) for m in by_id.values())
+                              for k in (2 ** i for i in range(samples.bit_length()))}
     return figures
+
+
+def grouped(rows, key):
+    """-> {value of the key: the rows that have it}"""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
 
 
 def summaries(rows):
     """-> {split: figures, with the same figures per family under «families»}"""
-    result = {}
-    for split in dict.fromkeys(row["split"] for row in rows):
-        part = [row for row in rows if row["split"] == split]
-        result[split] = summary(part)
-        families = dict.fromkeys(row["family"] for row in part)
-        result[split]["families"] = {
-            family: summary([row for row in part if row["family"] == family])
-            for family in families}
-    return result
+    return {split: summary(part) | dict(families={
+        family: summary(some) for family, some in grouped(part, "family").items()})
+        for split, part in grouped(rows, "split").items()}
 
-
-# ---------------------------------------------------------------------------------- evaluation
 
 def evaluate(sampler, processor, examples, split="", samples=1, temperature=0.0, new_tokens=48,
              rows_at_once=256, seed=0):
     """Answers and grades every example -> rows, one for each answer, in the order of examples."""
     rows, at_once = [], max(1, rows_at_once // samples)
-    for start in tqdm(range(0, len(examples), at_once), f"evaluate {split}", leave=False,
-                      disable=None):
+    starts = range(0, len(examples), at_once)
+    for start in tqdm(starts, f"evaluate {split}", leave=False, disable=None):
         some = [examples[i] for i in range(start, min(start + at_once, len(examples)))]
         batch = processor.batch(some)
         seeds = torch.arange(start, start + len(some)) + seed * 1_000_003
         rollouts = sampler.generate(batch, samples, new_tokens, temperature, seeds)
         for r, (ids, logprobs) in enumerate(zip(rollouts.rows(), rollouts.logprobs)):
-            b = r // samples
-            example, prompt = some[b], batch.ids[b, :batch.lengths[b]].tolist()
-            response = processor.decode(ids)
-            verdict = grade(response, example)
+            example, response = some[r // samples], processor.decode(ids)
+            prompt, verdict = batch.ids[r // samples], grade(response, example)
             rows.append(dict(
-                id=example.id, split=split, family=example.family, prompt_ids=prompt,
-                response_ids=ids, logprobs=[round(x, 6) for x in logprobs[:len(ids)].tolist()],
-                prompt=example.question, response=response, answer=example.answer,
+                id=example.id, split=split, family=example.family, prompt=example.question,
+                prompt_ids=prompt[:batch.lengths[r // samples]].tolist(), response_ids=ids,
+                logprobs=logprobs[:len(ids)].tolist(), response=response, answer=example.answer,
                 correct=verdict.correct, formatted=verdict.formatted, faithful=verdict.faithful,
                 truncated=not bool(rollouts.finished[r])))
     return rows
@@ -287,7 +275,7 @@ def answer_all(directory, c):
                       torch.bfloat16 if c.device == "cuda" else None)
     temperature = c.temperature if c.temperature is not None else float(c.samples > 1)
     rows = []
-    for split in c.split.split(",") if c.data == "world" else [pathlib.Path(c.data).stem]:
+    for split in c.split.split(",") if c.data == "world" else ["all"]:
         examples = data.load_dataset(c.data, split, skip_bad_rows=c.skip_bad_rows)
         some = [examples[i] for i in range(min(c.limit, len(examples)))]
         rows += evaluate(sampler, processor, some, split, c.samples, temperature,
@@ -295,20 +283,30 @@ def answer_all(directory, c):
     return rows
 
 
-def print_figures(figures):
-    def line(name, f):
-        low, high = f["interval"]
-        known = f"{f['faithful']:8.1%} {f['lucky']:7.1%}" if "faithful" in f else ""
-        print(f"{name:16} {f['accuracy']:8.1%}  [{low:.1%}, {high:.1%}]  {f['format']:7.1%} "
-              f"{f['length']:6.1f} {known}")
-        if "pass_at" in f:
-            print(" " * 17 + "  ".join(f"pass@{k} {v:.1%}" for k, v in f["pass_at"].items()))
+def percent(value, interval=None):
+    around = f" [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]" if interval else ""
+    return f"{100 * value:.1f}{around}"
 
-    print(f"{'':16} accuracy  95 % interval     format length faithful   lucky")
-    for split, f in figures.items():
-        line(split, f)
-        for family, part in f["families"].items() if len(f["families"]) > 1 else ():
-            line("  " + family, part)
+
+def markdown_table(rows):
+    """Aligned, so that it reads well on a terminal too."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join("| " + " | ".join(t.ljust(w) for t, w in zip(row, widths)) + " |"
+                     for row in rows)
+
+
+def figures_table(figures):
+    """Per split and family, in percent, with 95 % intervals."""
+    table = [["", "accuracy", "format", "tokens", "faithful", "lucky", ""]]
+    lines = [(name, f) for split, whole in figures.items() for name, f in
+             [(split, whole), *((f"- {family}", f) for family, f in whole["families"].items())]]
+    for name, f in lines:
+        known = [percent(f[key]) if key in f else "" for key in ("faithful", "lucky")]
+        passes = " ".join(f"pass@{k} {v:.1%}" for k, v in f.get("pass_at", {}).items())
+        table.append([name, percent(f["accuracy"], f["interval"]), percent(f["format"]),
+                      f"{f['length']:.1f}", *known, passes])
+    return markdown_table(table)
 
 
 def main(c):
@@ -318,10 +316,10 @@ def main(c):
     if c.out:
         pathlib.Path(c.out).parent.mkdir(parents=True, exist_ok=True)
         write_text(c.out, "".join(json.dumps(row) + "\n" for row in rows))
-    print_figures(summaries(rows))
+    print(figures_table(summaries(rows)))
     if c.against:
         other = answer_all(c.against, c)
-        for split in dict.fromkeys(row["split"] for row in rows):
+        for split in grouped(rows, "split"):
             marks = [[r["correct"] for r in some if r["split"] == split] for some in (rows, other)]
             gap, low, high = paired_bootstrap(*marks)
             print(f"{split}: {c.model} minus {c.against}: {gap:+.1%} [{low:+.1%}, {high:+.1%}]")
@@ -332,30 +330,26 @@ def main(c):
 @dataclass
 class StudyConfig:
     """Options of evaluate.py study."""
-    preset: str = option("quick", "smoke: does everything run; quick: the comparison",
-                         ("smoke", "quick"))
+    preset: str = option("quick", "smoke: does it run; quick: the comparison", ("smoke", "quick"))
     out: str = option("runs/study", "directory of the study")
     seeds: int = option(1, "runs per cell, each from the same base", least=1)
     device: str = option(DEVICE, "cpu or cuda", ("cpu", "cuda"))
 
 
 PRESETS = {
-    "quick": dict(base="--size m --steps 700 --keep 100", weak=100, sft="--examples 2000 --epochs 3",
-                  grpo="--examples 2000 --steps 80 --eval-every 10", limit=400),
-    "smoke": dict(base="--size s --steps 12 --keep 6 --batch 32 --eval-examples 12", weak=6,
+    "quick": dict(base="--keep 600", weak=600, sft="--examples 2000", limit=600,
+                  grpo="--examples 2000 --steps 100 --eval-every 10"),
+    "smoke": dict(base="--steps 12 --keep 6 --batch 32 --eval-examples 12", weak=6, limit=24,
                   sft="--examples 128 --epochs 1 --eval-examples 12",
                   grpo="--examples 64 --prompts 4 --steps 3 --eval-every 1 --eval-examples 12 "
-                       "--max-new-tokens 32", limit=24),
+                       "--max-new-tokens 32"),
 }
 METHODS = {"base": "base", "sft": "SFT", "grpo": "GRPO", "sft-grpo": "SFT → GRPO"}
 SPLITS = {"test": "test", "ood": "out of distribution", "text": "text only"}
 
 
 def study_cells(c):
-    """The study as a list of commands that a reader can paste: one dict for each row of the table.
-
-    `command` makes the model («» where an earlier one did), `evaluation` puts it to the test.
-    """
+    """The study as a list of commands to paste: `command` makes a model, `evaluation` tests it."""
     preset, out, cells = PRESETS[c.preset], pathlib.Path(c.out), []
 
     def add(strength, method, seed, model, command):
@@ -380,7 +374,9 @@ def study_cells(c):
 
 
 def run_command(command, log):
-    """Prints a command, runs it beside this file, and keeps what it says."""
+    """Prints a command, runs it beside this file, keeps what it says -> seconds."""
+    if not command:
+        return 0.0
     print(f"\n$ {command}", flush=True)
     words = shlex.split(command)
     words[:2] = [sys.executable, str(pathlib.Path(__file__).parent / words[1])]
@@ -405,12 +401,8 @@ def read_rows(path):
 
 
 def reward_curve(model):
-    """The deceptive-reward figures of a GRPO run -> points, Spearman ρ and regret, or None.
-
-    At each evaluation t: the mean training reward (and its parts) since the one before, and the
-    held-out accuracy. ρ is taken after the first third; below 0 the reward deceives. Regret is
-    the best held-out accuracy minus the last.
-    """
+    """Points (mean reward and its parts since the evaluation before, held-out accuracy), Spearman
+    ρ after the first third (below 0: the reward deceives), regret (best minus last accuracy)."""
     points, since = [], []
     for row in read_rows(pathlib.Path(model) / "metrics.jsonl"):
         if "reward" in row:
@@ -420,8 +412,6 @@ def reward_curve(model):
                 name: mean(r[name] for r in since)
                 for name in ("reward", "accuracy", "format", "length")}))
             since = []
-    if not points:
-        return None
     late = points[len(points) // 3:]
     held_out = [p["held_out"] for p in points]
     return dict(points=points, regret=max(held_out) - held_out[-1],
@@ -430,13 +420,12 @@ def reward_curve(model):
 
 def run_cell(cell, out):
     """Trains and evaluates one cell -> its row of results.json."""
-    log = out / "answers" / f"{cell['name']}.log"
-    seconds = run_command(cell["command"], log) if cell["command"] else 0.0
-    evaluation_seconds = run_command(cell["evaluation"], log)
-    splits = summaries(read_rows(out / "answers" / f"{cell['name']}.jsonl"))
-    curve = reward_curve(cell["model"]) if cell["method"].endswith("grpo") else None
-    return cell | dict(seconds=round(seconds, 1), evaluation_seconds=round(evaluation_seconds, 1),
-                       splits=splits, curve=curve)
+    answers = out / "answers" / f"{cell['name']}.jsonl"
+    seconds = [round(run_command(cell[key], answers.with_suffix(".log")), 1)
+               for key in ("command", "evaluation")]
+    return cell | dict(
+        seconds=seconds[0], evaluation_seconds=seconds[1], splits=summaries(read_rows(answers)),
+        curve=reward_curve(cell["model"]) if cell["method"].endswith("grpo") else None)
 
 
 def study(c):
@@ -445,29 +434,21 @@ def study(c):
     (out / "answers").mkdir(parents=True, exist_ok=True)
     path = out / "results.json"
     if path.exists():
-        done = {cell["name"]: cell for cell in json.loads(path.read_text())["cells"]}
-    hardware = torch.cuda.get_device_name() if c.device == "cuda" else \
-        f"{torch.get_num_threads()} CPU threads"
+        done = {cell["name"]: cell for cell in read_json(path)["cells"]}
+    machine = f"{c.device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
     for cell in tqdm(cells, "study", disable=None):
         known = done.get(cell["name"], {})
         if any(known.get(key) != cell[key] for key in ("command", "evaluation")):
             done[cell["name"]] = run_cell(cell, out)
-            write_json(path, dict(
-                preset=c.preset, machine=f"{hardware}, torch {torch.__version__}",
-                cells=[done[some["name"]] for some in cells if some["name"] in done]))
-    results = json.loads(path.read_text())
+            write_text(path, json.dumps(dict(preset=c.preset, machine=machine, cells=[
+                done[some["name"]] for some in cells if some["name"] in done]), indent=1))
+    results = read_json(path)
     write_text(out / "report.md", report_markdown(results))
     write_text(out / "report.html", report_html(results, out))
     print(f"\n{markdown_table(table_rows(results))}\n\n{out / 'report.md'}, {out / 'report.html'}")
 
 
 # ---------------------------------------------------------------------------------- the report
-
-def percent(value, interval=None):
-    if interval is None:
-        return f"{100 * value:.1f}"
-    return f"{100 * value:.1f} [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
-
 
 def table_rows(results):
     """The main table as lists of text, its header first."""
@@ -497,114 +478,81 @@ def curve_rows(results):
     return rows
 
 
-def markdown_table(rows):
-    """Aligned, so that it reads well on a terminal too."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    return "\n".join("| " + " | ".join(t.ljust(w) for t, w in zip(row, widths)) + " |"
-                     for row in rows)
-
-
-CAPTION = ("Accuracy in percent, greedy decoding, with 95 % Wilson intervals over the questions. "
-           "Faithful: right, and every step of the reasoning true. One seed is not evidence.")
-DECEPTION = ("ρ: Spearman rank correlation of training reward and held-out accuracy after the first "
-             "third of a run; below 0, the reward deceives. Regret: best minus last held-out "
-             "accuracy, in points.")
+CAPTION = ("Accuracy in percent, greedy, with 95 % Wilson intervals over the questions. Faithful: "
+           "right, and every step of the reasoning true. One seed is not evidence.")
+DECEPTION = ("ρ: Spearman correlation of training reward and held-out accuracy after the first third "
+             "of a run; below 0, the reward deceives. Regret: best minus last held-out accuracy.")
 
 
 def commands(results):
-    return [text for cell in results["cells"] for text in (cell["command"], cell["evaluation"])
-            if text]
+    return "\n".join(text for cell in results["cells"]
+                     for text in (cell["command"], cell["evaluation"]) if text)
 
 
 def report_markdown(results):
     return "\n\n".join([
         f"# SFT against GRPO, preset {results['preset']}", f"Measured on {results['machine']}.",
         markdown_table(table_rows(results)), CAPTION, "## Reward against held-out accuracy",
-        markdown_table(curve_rows(results)), DECEPTION, "## Commands",
-        "```\n" + "\n".join(commands(results)) + "\n```\n"])
-
-
-def chart(title, points, names, width=420, height=230):
-    """A self-contained SVG of curves over steps, values 0 to the largest. names: {key: colour}"""
-    left, top, right, bottom = 40, 30, width - 12, height - 44
-    last = points[-1]["step"]
-    high = max(1.0, max(p[name] for p in points for name in names))
-
-    def place(step, value):
-        return (f"{left + (right - left) * step / last:.1f},"
-                f"{bottom - (bottom - top) * value / high:.1f}")
-
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-             f'width="{width}" font-family="sans-serif" font-size="12">'
-             f'<rect width="{width}" height="{height}" fill="#fff"/>'
-             f'<text x="{left}" y="18" font-weight="bold">{html.escape(title)}</text>']
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        y = bottom - (bottom - top) * tick / high
-        parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
-                     f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for step in (0, last // 2, last):
-        x = left + (right - left) * step / last
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{step}</text>')
-    for i, (name, colour) in enumerate(names.items()):
-        line = " ".join(place(p["step"], p[name]) for p in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
-                     f'<text x="{left + 95 * i}" y="{height - 8}" fill="{colour}">'
-                     f'{name.replace("_", "-")}</text>')
-    return "".join(parts) + "</svg>"
+        markdown_table(curve_rows(results)), DECEPTION, f"## Commands\n\n```\n{commands(results)}",
+        "```\n"])
 
 
 CURVES = {"held_out": "#0b6e4f", "reward": "#c1440e", "accuracy": "#7a7a7a", "format": "#3b6fb6"}
 
 
-def charts(results):
-    return [chart(f"{cell['strength']} base, {METHODS[cell['method']]}: reward and held-out "
-                  "accuracy", cell["curve"]["points"], CURVES)
-            for cell in results["cells"] if cell["curve"] and len(cell["curve"]["points"]) > 1]
+def chart(title, points):
+    """A self-contained SVG: CURVES over the steps of a run, between 0 and 1.1."""
+    last, parts = points[-1]["step"], []
+
+    def at(step, value):
+        return f"{45 + 360 * step / last:.1f},{186 - 145 * value:.1f}"
+
+    for value in (0, 0.5, 1):
+        parts.append(f'<path d="M{at(0, value)} L{at(last, value)}" stroke="#ddd"/>'
+                     f'<text x="38" y="{190 - 145 * value}" text-anchor="end">{value}</text>')
+    for i, (name, colour) in enumerate(CURVES.items()):
+        line = " ".join(at(point["step"], point[name]) for point in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
+                     f'<text x="{45 + 95 * i}" y="224" fill="{colour}">{name}</text>')
+    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 420 232" width="420" '
+            'font-family="sans-serif" font-size="12"><rect width="420" height="232" fill="#fff"/>'
+            f'<text x="45" y="18" font-weight="bold">{html.escape(title)}</text>{"".join(parts)}'
+            f'<text x="45" y="204">0</text><text x="405" y="204" text-anchor="end">{last} steps'
+            "</text></svg>")
 
 
 def html_table(rows):
     cells = ["".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows]
-    head = cells[0].replace("td>", "th>")
-    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{c}</tr>" for c in cells[1:]) + "</table>"
+    return "<table><tr>" + "<tr>".join([cells[0].replace("td>", "th>"), *cells[1:]]) + "</table>"
 
 
 def rollout_html(cell, row):
     """One answer, everything that the model wrote escaped, each step marked."""
-    example = data.world_example_of(row["id"])
-    verdict = grade(row["response"], example)
-    marks = {True: "true", False: "false", None: "filler"}
-    steps = "".join(f'<span class="{marks[true]}">{html.escape(text)}.</span> '
-                    for text, true in verdict.steps)
-    answer = html.escape(data.strip_answer(row["response"])[:MAX_ANSWER])
-    said = steps + f"<b>{answer}</b>" if verdict.formatted else html.escape(row["response"][:600])
+    verdict = grade(row["response"], data.world_example_of(row["id"]))
+    said = "".join(f"<span class={true}>{html.escape(text)}.</span> "
+                   for text, true in verdict.steps)
+    said += f"<b>{html.escape(data.strip_answer(row['response'])[:MAX_ANSWER])}</b>"
+    if not verdict.formatted:
+        said = html.escape(row["response"][:600])
     kind = ("faithful" if verdict.faithful else "lucky" if verdict.correct and verdict.formatted
             else "right" if verdict.correct else "wrong")
-    reward = verdict.correct + 0.1 * verdict.formatted
-    name = f"{cell['strength']} {METHODS[cell['method']]}"
-    return f'<tr><td>{name}</td><td>{said}</td><td class="{kind}">{kind}</td>' \
-           f"<td>{reward:.1f}</td></tr>"
+    return (f"<tr><td>{cell['strength']} {METHODS[cell['method']]}<td>{said}<td class={kind}>{kind}"
+            f"<td>{verdict.correct + 0.1 * verdict.formatted:.1f}")
 
 
 def rollouts_html(results, out, count=12):
     """The same questions put to every model: picture, question, reasoning, reward."""
-    answers = {cell["name"]: {row["id"]: row for row in
-                              read_rows(out / "answers" / f"{cell['name']}.jsonl")}
-               for cell in results["cells"]}
-    parts = []
-    for index in range(count):
-        key = f"test/{index}"
+    answers, parts = [(cell, read_rows(out / "answers" / f"{cell['name']}.jsonl"))
+                      for cell in results["cells"]], []
+    for index in range(min(count, *(len(rows) for _, rows in answers))):
         example, buffer = data.world_example("test", index), io.BytesIO()
-        if all(key in rows for rows in answers.values()):
-            example.images[0].save(buffer, "PNG")
-            picture = base64.b64encode(buffer.getvalue()).decode()
-            rows = "".join(rollout_html(cell, answers[cell["name"]][key])
-                           for cell in results["cells"])
-            question = html.escape(example.question.replace(data.IMAGE, ""))
-            parts.append(
-                f'<section><img src="data:image/png;base64,{picture}" alt=""><div><h3>{question}'
-                f"</h3><p>right answer: <b>{html.escape(example.answer)}</b></p><table>{rows}"
-                "</table></div></section>")
+        example.images[0].save(buffer, "PNG")
+        picture = base64.b64encode(buffer.getvalue()).decode()
+        rows = "".join(rollout_html(cell, rows[index]) for cell, rows in answers)
+        question = html.escape(example.question.replace(data.IMAGE, ""))
+        parts.append(f'<section><img src="data:image/png;base64,{picture}" alt=""><div><h3>{question}'
+                     f"</h3>right answer: <b>{html.escape(example.answer)}</b><table>{rows}</table>"
+                     "</div></section>")
     return "".join(parts)
 
 
@@ -613,20 +561,22 @@ table{border-collapse:collapse;margin:.6em 0}td,th{padding:.25em .7em;border-bot
 text-align:left;vertical-align:top}pre{background:#f5f5f5;padding:1em;overflow-x:auto}
 section{display:flex;gap:1.2em;margin:1.6em 0;border-top:2px solid #ddd;padding-top:1em}
 section img{width:192px;height:192px;image-rendering:pixelated}h3{margin:0}svg{margin:.4em}
-.true,.faithful{color:#0b6e4f}.false,.wrong{color:#b3261e}.false{text-decoration:underline wavy}
-.filler{color:#777}.lucky{color:#b36b00}"""
+.True,.faithful{color:#0b6e4f}.False,.wrong{color:#b3261e}.False{text-decoration:underline wavy}
+.None{color:#777}.lucky{color:#b36b00}"""
 
 
 def report_html(results, out):
     """One file without outside references."""
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>SFT against GRPO</title>'
-            f"<style>{STYLE}</style><h1>SFT against GRPO</h1><p>Preset {results['preset']}, on "
-            f"{html.escape(results['machine'])}.</p>{html_table(table_rows(results))}"
-            f"<p>{CAPTION}</p><h2>Reward against held-out accuracy</h2>{''.join(charts(results))}"
-            f"{html_table(curve_rows(results))}<p>{DECEPTION}</p><h2>Rollouts</h2><p>Green steps are "
-            f"true, red ones false; lucky is right with a false step.</p>"
-            f"{rollouts_html(results, out)}<h2>Commands</h2><pre>"
-            f"{html.escape(chr(10).join(commands(results)))}</pre></html>")
+    charts = "".join(chart(f"{cell['strength']} base, {METHODS[cell['method']]}",
+                           cell["curve"]["points"]) for cell in results["cells"] if cell["curve"])
+    parts = [
+        f"<h1>SFT against GRPO</h1>Preset {results['preset']}, on {html.escape(results['machine'])}.",
+        html_table(table_rows(results)), CAPTION, "<h2>Reward against held-out accuracy</h2>", charts,
+        html_table(curve_rows(results)), DECEPTION, "<h2>Rollouts</h2>Green steps are true, red ones "
+        "false; lucky is right with a false step. The last column is the reward.",
+        rollouts_html(results, out), f"<h2>Commands</h2><pre>{html.escape(commands(results))}</pre>"]
+    return ('<!doctype html><html lang="en"><meta charset="utf-8"><title>SFT against GRPO</title>'
+            f"<style>{STYLE}</style>{''.join(parts)}</html>")
 
 
 if __name__ == "__main__":

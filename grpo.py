@@ -1,62 +1,29 @@
 """Reinforcement learning with a rule-based reward: GRPO and its family.
 
     A_i  = (r_i - mean_group) / (std_group + 1e-4)              how much better than its siblings
-    w_t  = exp(log p(y_t) - log p_old(y_t))
     loss = mean_i 1/|y_i| sum_t -min(w_t A_i, clip(w_t, 1-e, 1+e) A_i) + beta * KL_t
+    w_t  = exp(log p(y_t) - log p_old(y_t))                      1 with one update per rollout
 
-Each choice in that formula is a named option, and --algorithm is a preset of them (see ALGORITHMS).
-With one update per rollout, the default, w_t is 1: clipping does nothing, and a loss near zero is
-normal. Watch reward, advantage and gradient norm; --minibatches 2 makes the ratio real.
+Each choice is an option, and --algorithm is a preset of them. A loss near zero is normal here: watch
+reward, advantage and gradient norm. --minibatches 2 makes the ratio, and clipping, real.
 
     python grpo.py                        GRPO from the base model (made if there is none)
     python grpo.py --init runs/sft        SFT, then GRPO
     python grpo.py --data FILE --init DIR on your own questions
 
-Departs from the paper: Muon beside AdamW, the reward's accuracy part is 0 or 1 with 0.1 for the
-format (theirs was not found), groups of 8 (theirs was not found).
+Departs from the paper: Muon beside AdamW; groups of 8 and 0.1 for the format (theirs: not found).
 """
 import copy
 import time
+from collections import namedtuple
 from dataclasses import dataclass
 
 import torch
 
 import data
 from evaluate import grade, mean, option, run_script
-from kernels import Rollouts
 from model import load
 from sft import Run, RunConfig, base_model, pick
-
-
-@dataclass
-class Config(RunConfig):
-    """Options of grpo.py. Those from advantage to tis come from --algorithm where none is given."""
-    steps: int = option(100, "rollout steps", least=1)
-    lr: float = option(1e-4, "learning rate")
-    algorithm: str = option("grpo", "preset of the options from advantage to tis",
-                            ("grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo"))
-    advantage: str = option(None, "reward minus mean, by std, of the group; centred: no std; rloo: "
-                                  "minus mean of the others; batch: std of the batch",
-                            ("group", "centred", "rloo", "batch"))
-    ratio: str = option(None, "of a token, or of a sequence (GSPO)", ("token", "sequence"))
-    clip: str = option(None, "of the objective (PPO), or of the weight (CISPO)", ("ppo", "cispo"))
-    clip_low: float = option(None, "the ratio is clipped below 1 minus this")
-    clip_high: float = option(None, "and above 1 plus this; CISPO: the largest weight")
-    dual_clip: float = option(None, "with A < 0, the loss is at most -c A; 0: off")
-    aggregation: str = option(None, "sequence: mean of means; token: by tokens; constant: by rows "
-                                    "times max-new-tokens", ("sequence", "token", "constant"))
-    kl: str = option(None, "estimator of the KL to the initial model", ("k1", "k2", "k3"))
-    beta: float = option(None, "weight of that KL in the loss")
-    filter: str = option(None, "groups of equal reward", ("keep", "drop"))
-    overlong: str = option(None, "truncated answers: keep, mask, or DAPO's soft penalty",
-                           ("keep", "mask", "penalty"))
-    tis: float = option(None, "cap of truncated importance sampling; 0: off")
-    overlong_buffer: int = option(12, "tokens over which the penalty grows", least=1)
-    format_weight: float = option(0.1, "what the format adds to the reward")
-    prompts: int = option(32, "questions per step", least=1)
-    group: int = option(8, "rollouts per question", least=2)
-    minibatches: int = option(1, "optimizer steps per rollout", least=1)
-    temperature: float = option(1.0, "of sampling, in the loss too", least=1e-3)
 
 
 GRPO = dict(advantage="group", ratio="token", clip="ppo", clip_low=0.2, clip_high=0.2,
@@ -71,6 +38,34 @@ ALGORITHMS = {
     "cispo": GRPO | dict(clip="cispo", clip_high=5.0, aggregation="token", beta=0.0),
     "rloo": GRPO | dict(advantage="rloo", aggregation="token", beta=0.0),
 }
+
+
+@dataclass
+class Config(RunConfig):
+    """Options of grpo.py. Those from advantage to tis come from --algorithm where none is given."""
+    steps: int = option(100, "rollout steps", least=1)
+    lr: float = option(5e-4, "learning rate")
+    algorithm: str = option("grpo", "preset of advantage to tis", tuple(ALGORITHMS))
+    advantage: str = option(None, "centred: no std; rloo: the others' mean; batch: its std",
+                            ("group", "centred", "rloo", "batch"))
+    ratio: str = option(None, "of a token, or of a sequence (GSPO)", ("token", "sequence"))
+    clip: str = option(None, "of the objective (PPO), or of the weight (CISPO)", ("ppo", "cispo"))
+    clip_low: float = option(None, "the ratio is clipped below 1 minus this")
+    clip_high: float = option(None, "and above 1 plus this; CISPO: the largest weight")
+    dual_clip: float = option(None, "with A < 0, the loss is at most -c A; 0: off")
+    aggregation: str = option(None, "mean of means, by tokens, or by rows times max-new-tokens",
+                              ("sequence", "token", "constant"))
+    kl: str = option(None, "estimator of the KL to the initial model", ("k1", "k2", "k3"))
+    beta: float = option(None, "weight of that KL in the loss")
+    filter: str = option(None, "groups of equal reward", ("keep", "drop"))
+    overlong: str = option(None, "truncated answers; DAPO: penalty", ("keep", "mask", "penalty"))
+    tis: float = option(None, "cap of truncated importance sampling; 0: off")
+    overlong_buffer: int = option(12, "tokens over which the penalty grows", least=1)
+    format_weight: float = option(0.1, "what the format adds to the reward")
+    prompts: int = option(32, "questions per step", least=1)
+    group: int = option(8, "rollouts per question", least=2)
+    minibatches: int = option(1, "optimizer steps per rollout", least=1)
+    temperature: float = option(1.0, "of sampling, in the loss too", least=1e-3)
 
 
 # --------------------------------------------------------------------------- reward, advantage
@@ -89,9 +84,8 @@ def reward_parts(response, length, example, c):
 
 
 def total_reward(parts, format_weight):
-    if parts is None:
-        return float("nan")
-    return parts["accuracy"] + format_weight * parts["format"] + parts.get("overlong", 0.0)
+    weights = dict(accuracy=1.0, format=format_weight, overlong=1.0)
+    return sum(weights[name] * parts[name] for name in parts) if parts else float("nan")
 
 
 def group_advantages(rewards, kind):
@@ -166,16 +160,10 @@ def policy_loss(logprob, old, sampled, reference, advantage, mask, c):
 
 # ------------------------------------------------------------------------------------ the loop
 
-@dataclass
-class Experience:
-    """The rollouts of one step and what is known of them; R = B * G rows, row r of prompt r // G."""
-    examples: list                   # B
-    rollouts: Rollouts
-    parts: list                      # R dicts of reward parts, None where the grader failed
-    rewards: torch.Tensor            # (B, G)
-    mask: torch.Tensor               # (R, N) the tokens that the loss counts
-    advantage: torch.Tensor          # (R, 1)
-    seconds: float                   # that sampling took
+# The rollouts of one step, R = B * G rows, row r answers question r // G: B examples, Rollouts, R dicts
+# of reward parts (None: the grader failed), rewards (B, G), mask of the tokens in the loss (R, N),
+# advantage (R, 1), seconds of sampling
+Experience = namedtuple("Experience", "examples rollouts parts rewards mask advantage seconds")
 
 
 def rollout(run, examples, step):

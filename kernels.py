@@ -6,15 +6,15 @@ and under autograd, the kernel on CUDA while sampling; the tests hold one agains
     sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop)
     rollouts = sampler.generate(prompts, group=8, new_tokens=48, temperature=1.0)
 
-The last token of a prompt is the first token of each of its rollouts: prefill computes keys and
-values for the prompt once, and every rollout starts with a `step` on that last token. So there is
-one way to get a token, and no special case for the first.
-
-`python kernels.py` measures on this machine. Imports nothing of this project at module level: the
-Sampler receives its model.
+The last token of a prompt is the first token of each of its rollouts: prefill computes the cache
+of a prompt once, and every rollout starts with a `step` on that token; no first token is special.
 """
+import argparse
 import copy
 import functools
+import json
+import pathlib
+import tempfile
 import time
 from dataclasses import dataclass
 
@@ -35,16 +35,13 @@ def widened(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def on_cuda(launch):
-    """Beside a torch reference: `launch` runs instead on CUDA tensors when no gradient is needed."""
-    def beside(reference):
-        @functools.wraps(reference)
-        def choose(x, *rest):
-            fast = x.is_cuda and not torch.is_grad_enabled()
-            return (launch if fast else reference)(x, *rest)
-        choose.reference, choose.triton = reference, launch
-        return choose
-    return beside
+def on_cuda(launch, reference):
+    """Beside a torch reference: `launch` runs instead on CUDA when no gradient is needed."""
+    @functools.wraps(reference)
+    def choose(x, *rest):
+        return (launch if x.is_cuda and not torch.is_grad_enabled() else reference)(x, *rest)
+    choose.reference, choose.triton = reference, launch
+    return choose
 
 
 # ------------------------------------------------------------------------------------- kernels
@@ -76,9 +73,8 @@ if triton:
         return left * c - right * s, right * c + left * s
 
     @triton.jit
-    def rotary_cache_kernel(q, k, v, cos, sin, keys, values, slots, done, out, room,
-                            H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
-                            BLOCK: tl.constexpr):
+    def rotary_cache_kernel(q, k, v, cos, sin, keys, values, slots, done, out, room, H: tl.constexpr,
+                            K: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
         row, head, at = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
         inside = at < HALF
         if head < H:
@@ -86,16 +82,14 @@ if triton:
             left, right = rotate_halves(q + base, row, cos, sin, HALF, BLOCK)
             tl.store(out + base + at, left, inside)
             tl.store(out + base + HALF + at, right, inside)
-        else:
-            if tl.load(done + row) == 0:           # a finished row writes nothing
-                base = (row * K + head - H) * 2 * HALF
-                slot = (row * room + tl.load(slots + row)) * K * 2 * HALF + (head - H) * 2 * HALF
-                left, right = rotate_halves(k + base, row, cos, sin, HALF, BLOCK)
-                tl.store(keys + slot + at, left, inside)
-                tl.store(keys + slot + HALF + at, right, inside)
-                tl.store(values + slot + at, tl.load(v + base + at, inside, 0.0), inside)
-                tl.store(values + slot + HALF + at,
-                         tl.load(v + base + HALF + at, inside, 0.0), inside)
+        elif tl.load(done + row) == 0:             # a finished row writes nothing
+            base = (row * K + head - H) * 2 * HALF
+            slot = ((row * room + tl.load(slots + row)) * K + head - H) * 2 * HALF
+            left, right = rotate_halves(k + base, row, cos, sin, HALF, BLOCK)
+            tl.store(keys + slot + at, left, inside)
+            tl.store(keys + slot + HALF + at, right, inside)
+            tl.store(values + slot + at, tl.load(v + base + at, inside, 0.0), inside)
+            tl.store(values + slot + HALF + at, tl.load(v + base + HALF + at, inside, 0.0), inside)
 
     @triton.jit
     def decode_attention_kernel(q, keys, values, lengths, out, room, scale, K: tl.constexpr,
@@ -139,14 +133,12 @@ if triton:
         row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
         key = tl.load(keys + row).to(tl.uint32)
         factor, loud = tl.load(scale), tl.load(noise)
-        best, token, chosen = -float("inf"), 0, 0.0
-        top, total = -1e30, 0.0
+        best, token, chosen, top, total = -float("inf"), 0, 0.0, -1e30, 0.0
         for start in range(0, vocabulary, BLOCK):
             word = start + at
             inside = word < vocabulary
-            ban = tl.load(banned + word, inside, 1) != 0
             logit = tl.load(logits + row * vocabulary + word, inside, 0.0).to(tl.float32) * factor
-            logit = tl.where(ban, -1e30, logit)
+            logit = tl.where(tl.load(banned + word, inside, 1) != 0, -1e30, logit)
             higher = tl.maximum(top, tl.max(logit, 0))
             total = total * tl.exp(top - higher) + tl.sum(tl.exp(logit - higher), 0)
             top = higher
@@ -171,7 +163,7 @@ def rms_norm_triton(x, delta, weight, eps):
     return total, normed
 
 
-@on_cuda(rms_norm_triton)
+@functools.partial(on_cuda, rms_norm_triton)
 def rms_norm(x, delta, weight, eps):
     """x + delta, and its RMSNorm (fp32 inside). x, delta (..., D); delta None counts as zero."""
     x = x if delta is None else x + delta
@@ -196,12 +188,10 @@ def rotary_cache_triton(q, k, v, cos, sin, keys, values, slots, done):
     return out
 
 
-@on_cuda(rotary_cache_triton)
+@functools.partial(on_cuda, rotary_cache_triton)
 def rotary_cache(q, k, v, cos, sin, keys, values, slots, done):
     """Rotates q and k, and writes k and v of each unfinished row r to its slot in the cache.
-
-    q (R, H, E); k, v (R, K, E); cos, sin (R, E); keys, values (R, S, K, E); slots, done (R,).
-    """
+    q (R, H, E); k, v (R, K, E); cos, sin (R, E); keys, values (R, S, K, E); slots, done (R,)."""
     rows, finished = torch.arange(len(q), device=q.device), done[:, None, None]
     keys[rows, slots] = torch.where(finished, keys[rows, slots], rotary(k, cos, sin))
     values[rows, slots] = torch.where(finished, values[rows, slots], v)
@@ -210,24 +200,21 @@ def rotary_cache(q, k, v, cos, sin, keys, values, slots, done):
 
 def decode_attention_triton(q, keys, values, lengths):
     (rows, heads, width), (room, k_heads), out = q.shape, keys.shape[1:3], torch.empty_like(q)
-    per, block = heads // k_heads, 64
+    per = heads // k_heads
     decode_attention_kernel[(rows, k_heads)](
         q, keys, values, lengths, out, room, width ** -0.5, k_heads, per, width,
-        max(16, triton.next_power_of_2(per)), max(16, triton.next_power_of_2(width)), block)
+        max(16, triton.next_power_of_2(per)), max(16, triton.next_power_of_2(width)), 64)
     return out
 
 
-@on_cuda(decode_attention_triton)
+@functools.partial(on_cuda, decode_attention_triton)
 def decode_attention(q, keys, values, lengths):
     """One query per row against the first lengths[r] slots of its cache, heads grouped.
-
-    q (R, H, E); keys, values (R, S, K, E); lengths (R,) -> (R, H, E).
-    """
+    q (R, H, E); keys, values (R, S, K, E); lengths (R,) -> (R, H, E)."""
     mask = torch.arange(keys.shape[1], device=q.device) < lengths[:, None]      # (R, S)
-    out = F.scaled_dot_product_attention(q[:, :, None], keys.transpose(1, 2),
-                                         values.transpose(1, 2), mask[:, None, None],
-                                         enable_gqa=True)
-    return out[:, :, 0]
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    return F.scaled_dot_product_attention(q[:, :, None], keys, values, mask[:, None, None],
+                                          enable_gqa=True)[:, :, 0]
 
 
 def mix(x):
@@ -239,9 +226,7 @@ def mix(x):
 
 def gumbel(keys, vocabulary):
     """Standard Gumbel noise (R, V) that depends on (key, token id) alone. keys (R,) int32.
-
-    23 random bits and a half: never 0 and never 1, so both logarithms are finite.
-    """
+    23 random bits and a half: never 0 and never 1, so both logarithms are finite."""
     words = mix(torch.arange(vocabulary, dtype=torch.int32, device=keys.device))
     bits = mix(keys[:, None] ^ words) >> 9 & 0x7FFFFF
     return -torch.log(-torch.log((bits.float() + 0.5) * 2 ** -23))
@@ -249,20 +234,17 @@ def gumbel(keys, vocabulary):
 
 def sample_triton(logits, banned, scale, noise, keys):
     rows, vocabulary = logits.shape
-    tokens = torch.empty(rows, dtype=torch.long, device=logits.device)
-    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    tokens, logprobs = (logits.new_empty(rows, dtype=kind) for kind in (torch.long, torch.float32))
     sample_kernel[(rows,)](logits.contiguous(), banned, scale, noise, keys, tokens, logprobs,
                            vocabulary, min(4096, triton.next_power_of_2(vocabulary)))
     return tokens, logprobs
 
 
-@on_cuda(sample_triton)
+@functools.partial(on_cuda, sample_triton)
 def sample(logits, banned, scale, noise, keys):
     """Draws from softmax(scale * logits) without the banned ids, by Gumbel arg-max in fp32.
-
     logits (R, V); banned (V,); scale, noise (1,): 1/T and 1, or 1 and 0 for the arg-max itself;
-    keys (R,) int32 -> tokens (R,), their log-probs (R,).
-    """
+    keys (R,) int32 -> tokens (R,), their log-probs (R,)."""
     logits = (logits.float() * scale).masked_fill(banned, NEGATIVE)
     tokens = (logits + noise * gumbel(keys, logits.shape[1])).argmax(-1)
     return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
@@ -275,9 +257,7 @@ CHUNK = 1 << 24                      # logits held at a time: 64 MiB in fp32
 
 class TokenLogprobs(torch.autograd.Function):
     """log softmax(scale * h Wᵀ)[target] without ever holding (N, V): chunks, made again backward.
-
-    The head's gradient is summed over the chunks in fp32, whatever the type of its weight.
-    """
+    The head's gradient is summed over the chunks in fp32, whatever the type of its weight."""
 
     @staticmethod
     def logits(hidden, weight, banned, scale):
@@ -286,8 +266,7 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, banned, scale):
-        logprobs, entropies, ctx.scale = [], [], scale
-        ctx.rows = max(1, CHUNK // len(weight))
+        logprobs, entropies, ctx.scale, ctx.rows = [], [], scale, max(1, CHUNK // len(weight))
         for h, target in zip(hidden.split(ctx.rows), targets.split(ctx.rows)):
             logp = TokenLogprobs.logits(h, weight, banned, scale).log_softmax(-1)
             logprobs.append(logp.gather(1, target[:, None])[:, 0])
@@ -300,8 +279,7 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, targets, banned = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(widened(weight))
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(widened(weight))
         for start in range(0, len(hidden), ctx.rows):
             part = slice(start, start + ctx.rows)
             slope = TokenLogprobs.logits(hidden[part], weight, banned, ctx.scale).softmax(-1)
@@ -314,10 +292,8 @@ class TokenLogprobs(torch.autograd.Function):
 
 def token_logprobs(hidden, weight, targets, banned=None, temperature=1.0):
     """Log-prob of each target and entropy of its distribution, at a temperature, ids banned.
-
     hidden (N, D); weight (V, D); targets (N,); banned (V,) -> (N,), (N,); the entropy has no
-    gradient. With the sampler's `banned` and `temperature` these are the sampler's log-probs.
-    """
+    gradient. With the sampler's `banned` and `temperature` these are the sampler's log-probs."""
     scale = 1.0 / temperature if temperature > 0 else 1.0
     return TokenLogprobs.apply(hidden, weight, targets, banned, scale)
 
@@ -342,15 +318,11 @@ class Rollouts:
 
 class Sampler:
     """Prompts in, rollouts out: a static cache, per-row lengths, and one `step` over fixed buffers.
-
-    model: has prefill(batch), decode(tokens, positions, attend), logits(hidden), and the sizes
-    layers, k_heads, head_width. banned (V,): never sampled. On CUDA `step` is captured once for a
-    shape and replayed `look_every` times between looks at the done flags. With `dtype` the
-    sampler keeps a copy of the weights in that type, which `refresh` updates in place.
-
-    A row's randomness depends on (seed of its prompt, place in its group, token index) alone: not
-    on the other rows, the batch size or the device.
-    """
+    model: prefill(batch), decode(tokens, positions, attend), logits(hidden), and the sizes layers,
+    k_heads, head_width. banned (V,): never sampled. On CUDA `step` is captured once for a shape
+    and replayed `look_every` times between looks at the done flags. With `dtype` it samples from
+    a copy of the weights, which `refresh` updates in place. A row's randomness depends on (seed of
+    its prompt, place in its group, token index) alone, not on other rows, batch size or device."""
 
     def __init__(self, model, banned, stop, dtype=None, look_every=None, capture=True):
         self.source = self.model = model
@@ -360,8 +332,7 @@ class Sampler:
         self.capture = capture and self.device.type == "cuda"
         self.banned, self.stop = banned.to(self.device), stop
         self.look_every = look_every or (16 if self.capture else 4)
-        self.rows = self.room = self.new_tokens = 0
-        self.graph = None
+        self.rows = self.room = self.new_tokens = self.graph = None
 
     @torch.no_grad()
     def refresh(self):
@@ -375,37 +346,30 @@ class Sampler:
             return
         self.rows, self.room, self.new_tokens, self.graph = rows, room, new_tokens, None
         model, make = self.model, functools.partial(torch.zeros, device=self.device)
-        shape = (rows, room, model.k_heads, model.head_width)
-        kind = next(model.parameters()).dtype
-        self.cache = [(make(shape, dtype=kind), make(shape, dtype=kind))
-                      for _ in range(model.layers)]
+        shape, kind = (rows, room, model.k_heads, model.head_width), next(model.parameters()).dtype
+        self.cache = [[make(shape, dtype=kind) for _ in "kv"] for _ in range(model.layers)]
         self.token, self.slot, self.count = (make(rows, dtype=torch.long) for _ in range(3))
-        self.done = make(rows, dtype=torch.bool)
-        self.stream = make(rows, dtype=torch.int32)
-        self.ids = make(rows, new_tokens, dtype=torch.long)
-        self.logprobs = make(rows, new_tokens)
+        self.done, self.stream = make(rows, dtype=torch.bool), make(rows, dtype=torch.int32)
+        self.ids, self.logprobs = make(rows, new_tokens, dtype=torch.long), make(rows, new_tokens)
         self.scale, self.noise = make(1), make(1)
 
     def step(self, window):
         """One token for every row, in place. window: how many cache slots can be in use."""
         def attend(layer, q, k, v, rope):
             keys, values = (x[:, :window] for x in self.cache[layer])
-            if window == self.room:
-                keys, values = self.cache[layer]
             q = rotary_cache(q, k, v, *rope, keys, values, self.slot, self.done)
             return decode_attention(q, keys, values, self.slot + 1)
 
         hidden = self.model.decode(self.token, self.slot, attend)
-        keys = mix(self.stream ^ mix(self.count.int()))
-        token, logprob = sample(self.model.logits(hidden), self.banned, self.scale, self.noise, keys)
+        key = mix(self.stream ^ mix(self.count.int()))
+        token, logprob = sample(self.model.logits(hidden), self.banned, self.scale, self.noise, key)
         here = self.count.clamp(max=self.new_tokens - 1)[:, None]
         for buffer, new in ((self.ids, token), (self.logprobs, logprob)):
-            old = buffer.gather(1, here)[:, 0]
-            buffer.scatter_(1, here, torch.where(self.done, old, new)[:, None])
+            kept = torch.where(self.done[:, None], buffer.gather(1, here), new[:, None])
+            buffer.scatter_(1, here, kept)
         self.token.copy_(torch.where(self.done, self.token, token))
-        live = (~self.done).long()
-        self.count += live
-        self.slot += live
+        self.count += ~self.done
+        self.slot += ~self.done
         self.done |= (token == self.stop) | (self.count >= self.new_tokens)
 
     def record(self):
@@ -423,14 +387,13 @@ class Sampler:
 
     def start(self, prompts, group, temperature, seeds):
         """Prefill once per prompt, fork the cache to its group, reset every buffer in place."""
-        prefix = self.model.prefill(prompts)
-        width = prompts.ids.shape[1]
-        for (keys, values), (k, v) in zip(self.cache, prefix.cache):
+        cache, width = self.model.prefill(prompts), prompts.ids.shape[1]
+        for (keys, values), (k, v) in zip(self.cache, cache):
             keys[:, :width] = k.repeat_interleave(group, 0)
             values[:, :width] = v.repeat_interleave(group, 0)
-        last = (prompts.lengths - 1)[:, None]
-        self.token.copy_(prompts.ids.gather(1, last)[:, 0].repeat_interleave(group))
-        self.slot.copy_((prompts.lengths - 1).repeat_interleave(group))
+        last = prompts.lengths - 1
+        self.token.copy_(prompts.ids.gather(1, last[:, None])[:, 0].repeat_interleave(group))
+        self.slot.copy_(last.repeat_interleave(group))
         member = torch.arange(group, dtype=torch.int32, device=self.device)
         self.stream.copy_(mix(mix(seeds.int())[:, None] ^ mix(member + 0x5EED)).flatten())
         self.scale.fill_(1 / temperature if temperature > 0 else 1)
@@ -441,9 +404,7 @@ class Sampler:
     @torch.no_grad()
     def generate(self, prompts, group=1, new_tokens=48, temperature=1.0, seeds=None):
         """Batch of B prompts -> Rollouts of B * group rows. temperature 0 is greedy.
-
-        seeds (B,): one per prompt; the same seed gives the same rollouts in any company.
-        """
+        seeds (B,): one per prompt; the same seed gives the same rollouts in any company."""
         prompts = prompts.to(self.device)
         rows, width = len(prompts.ids) * group, prompts.ids.shape[1]
         seeds = torch.arange(len(prompts.ids)) if seeds is None else seeds
@@ -466,14 +427,13 @@ class Sampler:
 
 def median_seconds(run, repeats=5):
     """Median wall time of run(), after one call that warms up."""
-    times = []
+    times = [time.perf_counter()]
     for _ in range(repeats + 1):
-        begin = time.perf_counter()
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return sorted(times[1:])[repeats // 2]
+        times.append(time.perf_counter())
+    return sorted(end - begin for begin, end in zip(times[1:], times[2:]))[repeats // 2]
 
 
 @torch.no_grad()
@@ -490,7 +450,6 @@ def naive_generate(model, batch, group, new_tokens):
 
 def transformers_generate(model, processor, batch, group, new_tokens, dtype):
     """-> a function that samples the same number of tokens with transformers, same checkpoint."""
-    import tempfile
     from model import save
     from transformers import AutoModelForImageTextToText
     with tempfile.TemporaryDirectory() as directory:
@@ -507,67 +466,50 @@ def transformers_generate(model, processor, batch, group, new_tokens, dtype):
         min_new_tokens=new_tokens, max_new_tokens=new_tokens)
 
 
-def roofline(sampler, new_tokens, device):
-    """Seconds that reading the weights and the cache once per token takes at copy bandwidth."""
-    x = torch.empty(1 << 28, dtype=torch.uint8, device=device)
-    bandwidth = 2 * x.numel() / median_seconds(x.clone)
-    tensors = [*sampler.model.parameters(), *(x for pair in sampler.cache for x in pair)]
-    return new_tokens * sum(x.numel() * x.element_size() for x in tensors) / bandwidth
-
-
 def measure(size, new_tokens, prompts, device, group=8):
     """-> rows (name, value, unit, floor, ratio); the ratios are the sampler's to each other way.
-
-    No row ends early (stop -1), so every way makes the same number of tokens.
-    """
+    No row ends early (stop -1), so every way makes the same number of tokens. The floor reads the
+    weights and the cache once per token at copy bandwidth."""
     import data
     from model import fresh
     model, processor = fresh(size, [data.base_example(i) for i in range(1000)], 0)
     model, dtype = model.to(device), torch.bfloat16 if device == "cuda" else torch.float32
     batch = processor.batch([data.world_example("test", i) for i in range(prompts)]).to(device)
-    samplers = [Sampler(model, processor.banned(model.vocabulary), -1, dtype, capture=capture)
-                for capture in (True, False)]
-    ways = {"sampler": lambda: samplers[0].generate(batch, group, new_tokens)}
+    make = functools.partial(Sampler, model, processor.banned(model.vocabulary), -1, dtype)
+    sampler, ask = make(), (batch, group, new_tokens)
+    ways = {"sampler": functools.partial(sampler.generate, *ask)}
     if device == "cuda":
-        ways["the same step, not captured"] = lambda: samplers[1].generate(batch, group, new_tokens)
+        ways["the same step, not captured"] = functools.partial(make(capture=False).generate, *ask)
     try:
-        ways["transformers generate"] = transformers_generate(model, processor, batch, group,
-                                                              new_tokens, dtype)
+        ways["transformers generate"] = transformers_generate(model, processor, *ask, dtype)
     except ImportError:
         print("transformers is not installed: no comparison with its generate")
     if prompts <= 4:
-        ways["a full forward pass per token"] = lambda: naive_generate(model, batch, group,
-                                                                       new_tokens)
+        ways["a full forward pass per token"] = functools.partial(naive_generate, model, *ask)
     rows, tokens = [], prompts * group * new_tokens
     for way, run in ways.items():
         speed, floor = tokens / median_seconds(run), None
         if device == "cuda" and way == "sampler":
-            floor = tokens / roofline(samplers[0], new_tokens, device)
+            x = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+            bandwidth = 2 * x.numel() / median_seconds(x.clone)
+            read = [*sampler.model.parameters(), *(x for pair in sampler.cache for x in pair)]
+            floor = prompts * group * bandwidth / sum(x.numel() * x.element_size() for x in read)
         ratio = rows[0]["value"] / speed if rows else floor and speed / floor
-        rows.append(dict(name=f"{way}, {prompts} x {group} x {new_tokens}, size {size}",
-                         value=speed, unit="tokens/s", floor=floor, ratio=ratio))
-        print(f"{rows[-1]['name']:56} {speed:12,.0f} tokens/s" + (f" {ratio:8.2f}" if ratio else ""),
-              flush=True)
+        name = f"{way}, {prompts} x {group} x {new_tokens}, size {size}"
+        rows.append(dict(name=name, value=speed, unit="tokens/s", floor=floor, ratio=ratio))
+        print(f"{name:56} {speed:12,.0f} tokens/s{f' {ratio:8.2f}' if ratio else ''}", flush=True)
     return rows
 
 
 def main():
-    import argparse
-    import json
-    parser = argparse.ArgumentParser(description="Measures the sampler on this machine against what "
-                                     "it replaces, in one run: tokens a second.")
-    parser.add_argument("--size", default="m", help="s, m or l (default: m)")
-    parser.add_argument("--new-tokens", type=int, default=48, help="per answer (default: 48)")
-    parser.add_argument("--prompts", type=int, nargs="+", default=[4, 32],
-                        help="batch sizes, with 8 answers to each prompt (default: 4 32)")
+    parser = argparse.ArgumentParser(description="Tokens a second of the sampler on this machine.")
     parser.add_argument("--json", help="file for the rows")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = [row for prompts in args.prompts
-            for row in measure(args.size, args.new_tokens, prompts, device)]
+    device, rows = "cuda" if torch.cuda.is_available() else "cpu", []
+    for prompts in (4, 32):
+        rows += measure("m", 48, prompts, device)
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        pathlib.Path(args.json).write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ prefill, forked rollouts and the sampler's static cache are one decoder with fou
 import json
 import os
 import pathlib
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -25,6 +24,7 @@ from torch import nn
 import data
 from kernels import rms_norm, rotary, token_logprobs
 
+LAST_OF_A_LAYER = ("o_proj", "down_proj", "out_proj", "fc2")
 SIZES = {           # name: (ViT layers, ViT width, decoder layers, decoder width)
     "s": (2, 64, 3, 64), "m": (3, 128, 4, 128), "l": (4, 256, 6, 256)}
 
@@ -36,23 +36,19 @@ class CheckpointError(ValueError):
 def preset_config(size, processor):
     """config.json of a tabletop model: an Idefics3 for one 64x64 tile, 16 image tokens."""
     v_layers, v_width, layers, width = SIZES[size]
-    token = processor.tokenizer.token_to_id
+    ends = dict(bos_token_id=processor.tokenizer.token_to_id(data.START),
+                eos_token_id=processor.stop, pad_token_id=processor.pad, tie_word_embeddings=False)
     return dict(
         model_type="idefics3", architectures=["Idefics3ForConditionalGeneration"], scale_factor=2,
-        image_token_id=processor.image, tie_word_embeddings=False, dtype="float32",
-        bos_token_id=token(data.START), eos_token_id=processor.stop, pad_token_id=processor.pad,
-        vision_config=dict(
+        image_token_id=processor.image, dtype="float32", **ends, vision_config=dict(
             model_type="idefics3_vision", hidden_size=v_width, intermediate_size=4 * v_width,
             num_hidden_layers=v_layers, num_attention_heads=v_width // 32, image_size=64,
-            patch_size=8, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh", num_channels=3),
+            patch_size=8, layer_norm_eps=1e-6),
         text_config=dict(
             model_type="llama", vocab_size=processor.tokenizer.get_vocab_size(), hidden_size=width,
             intermediate_size=width * 5 // 2, num_hidden_layers=layers, head_dim=32,
             num_attention_heads=width // 32, num_key_value_heads=width // 64, rms_norm_eps=1e-5,
-            rope_theta=10000.0, max_position_embeddings=2048, hidden_act="silu",
-            attention_bias=False, mlp_bias=False, tie_word_embeddings=False,
-            bos_token_id=token(data.START), eos_token_id=processor.stop,
-            pad_token_id=processor.pad))
+            rope_theta=1e4, max_position_embeddings=2048, **ends))
 
 
 def read_config(raw):
@@ -62,17 +58,13 @@ def read_config(raw):
     text = dict(num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-6, rope_theta=1e4,
                 vocab_size=32000, hidden_size=4096, intermediate_size=11008)
     if raw.get("model_type") not in ("idefics3", "smolvlm"):
-        raise CheckpointError(f"config.json: model_type {raw.get('model_type')!r}; expected idefics3 "
-                              "or smolvlm")
-    vision.update(raw["vision_config"])
-    text.update(raw["text_config"].get("rope_parameters") or {})
-    text.update(raw["text_config"])
+        raise CheckpointError(f"model_type {raw.get('model_type')!r}; expected idefics3 or smolvlm")
+    vision |= raw["vision_config"]
+    text |= (raw["text_config"].get("rope_parameters") or {}) | raw["text_config"]
     text.setdefault("num_key_value_heads", text["num_attention_heads"])
-    text["head_dim"] = (raw["text_config"].get("head_dim")
-                        or text["hidden_size"] // text["num_attention_heads"])
+    text["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     return SimpleNamespace(vision=SimpleNamespace(**vision), text=SimpleNamespace(**text),
-                           scale=raw.get("scale_factor", 2), image=raw["image_token_id"],
-                           tied=raw.get("tie_word_embeddings", False))
+                           scale=raw.get("scale_factor", 2), image=raw["image_token_id"])
 
 
 # -------------------------------------------------------------------------------------- vision
@@ -127,11 +119,7 @@ def pixel_shuffle(x, scale):
 
 # ------------------------------------------------------------------------------------- decoder
 
-class RMSNorm(nn.Module):
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x, delta=None):
         """-> (x + delta, its norm)."""
         return rms_norm(x, delta, self.weight, self.eps)
@@ -186,10 +174,9 @@ class Decoder(nn.Module):
 
 
 class Ragged:
-    """Where the M tokens that count stand in a padded (B, T) grid.
+    """Where the M tokens that count stand in a padded (B, T) grid, half of which is padding.
 
-    Linear layers see the M tokens alone; only attention sees the grid. Half the tokens of a padded
-    batch of answers are padding.
+    Linear layers see the M tokens alone; only attention sees the grid.
     """
 
     def __init__(self, mask):
@@ -214,13 +201,6 @@ def attention(q, k, v, mask=None):
 
 # ----------------------------------------------------------------------------------------- VLM
 
-@dataclass
-class Prefix:
-    """The keys and values of B prompts, layer by layer: what rollouts fork from."""
-    cache: list                      # L pairs of (B, T, K, E), rotated
-    lengths: torch.Tensor            # (B,) tokens that count; the rest is padding
-
-
 class VLM(nn.Module):
     """A vision-language model. `raw` is its config.json."""
 
@@ -235,21 +215,16 @@ class VLM(nn.Module):
                 c.vision.hidden_size * c.scale ** 2, c.text.hidden_size, False)))))))
         self.lm_head = nn.Linear(c.text.hidden_size, self.vocabulary, False)
         self.initialise()
-        if c.tied:
-            self.lm_head.weight = self.model.text_model.embed_tokens.weight
 
     @torch.no_grad()
     def initialise(self):
-        """Every layer starts as the identity, and tokens weigh as much as pieces of picture.
-
-        With small embeddings and random layers the residual stream forgets which token it came
-        from, and attention by content, which counting and copying need, takes many times longer.
-        """
+        """Layers start as the identity, tokens as large as pieces of picture: else the residual
+        stream forgets its token, and attention by content comes many times later."""
         nn.init.normal_(self.model.text_model.embed_tokens.weight, std=0.6)
         for table in (self.lm_head, self.model.vision_model.embeddings.position_embedding):
             nn.init.normal_(table.weight, std=0.02)
         for name, weight in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
+            if name.endswith(".weight") and name.split(".")[-2] in LAST_OF_A_LAYER:
                 weight.zero_()
 
     def embed(self, ids, pixels):
@@ -265,7 +240,8 @@ class VLM(nn.Module):
         return x
 
     def read(self, batch):
-        """Every prompt in full, causal -> (hidden states (M, D), Ragged, Prefix)."""
+        """Every prompt in full, causal -> hidden states (M, D), Ragged, and the cache: L pairs of
+        keys and values (B, T, K, E), rotated."""
         step, cache = torch.arange(batch.ids.shape[1], device=batch.ids.device), []
         ragged = Ragged(step < batch.lengths[:, None])
 
@@ -276,10 +252,10 @@ class VLM(nn.Module):
 
         x = self.embed(ragged.pack(batch.ids), batch.pixels)
         positions = ragged.pack(step.expand_as(batch.ids))
-        return self.model.text_model(x, positions, attend), ragged, Prefix(cache, batch.lengths)
+        return self.model.text_model(x, positions, attend), ragged, cache
 
     def prefill(self, batch):
-        """Reads B prompts once -> what their rollouts fork from, with gradient where enabled."""
+        """Reads B prompts once -> the cache that rollouts fork from, with gradient if enabled."""
         return self.read(batch)[2]
 
     def forward(self, batch):
@@ -287,14 +263,14 @@ class VLM(nn.Module):
         hidden, ragged, _ = self.read(batch)
         return ragged.pad(hidden)
 
-    def fork(self, prefix, ids, mask, group):
+    def fork(self, prompts, cache, ids, mask, group):
         """Continues each prompt with its group of rollouts, which attend to it and to themselves.
 
         ids (R, N), the first column the prompts' last token; mask (R, N) -> hidden states (M, D)
         of the tokens under the mask.
         """
-        start = (prefix.lengths - 1).repeat_interleave(group)[:, None]         # (R, 1)
-        width, N, ragged = prefix.cache[0][0].shape[1], ids.shape[1], Ragged(mask)
+        start = (prompts.lengths - 1).repeat_interleave(group)[:, None]         # (R, 1)
+        width, N, ragged = prompts.ids.shape[1], ids.shape[1], Ragged(mask)
         step = torch.arange(N, device=ids.device)
         seen = torch.arange(width, device=ids.device) < start                  # (R, T)
         seen = torch.cat([seen[:, None].expand(-1, N, -1),
@@ -302,7 +278,7 @@ class VLM(nn.Module):
 
         def attend(layer, q, k, v, rope):
             q, k, v = (ragged.pad(x) for x in (rotary(q, *rope), rotary(k, *rope), v))
-            old_k, old_v = (x.repeat_interleave(group, 0) for x in prefix.cache[layer])
+            old_k, old_v = (x.repeat_interleave(group, 0) for x in cache[layer])
             k, v = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1)          # (R, T + N, K, E)
             return ragged.pack(attention(q, k, v, seen))
 
@@ -324,7 +300,7 @@ class VLM(nn.Module):
         """
         last = prompts.ids.gather(1, (prompts.lengths - 1)[:, None]).repeat_interleave(group, 0)
         inputs = torch.cat([last, ids[:, :-1]], 1)
-        hidden = self.fork(self.prefill(prompts), inputs, mask, group)         # (M, D)
+        hidden = self.fork(prompts, self.prefill(prompts), inputs, mask, group)  # (M, D)
         logprob, entropy = token_logprobs(hidden, self.lm_head.weight, ids[mask], banned,
                                           temperature)
         place = torch.zeros(ids.shape, dtype=logprob.dtype, device=ids.device)
@@ -344,10 +320,6 @@ def write_text(path, text):
     os.replace(temporary, path)
 
 
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
 def write_tensors(path, tensors, metadata=None):
     """Atomic too."""
     temporary = f"{path}.new"
@@ -358,31 +330,29 @@ def write_tensors(path, tensors, metadata=None):
 
 def save(model, processor, directory):
     """Writes a Hugging Face checkpoint that transformers, vLLM and TRL open as it is."""
-    directory = pathlib.Path(directory)
+    directory, name = pathlib.Path(directory), dict(processor_class="Idefics3Processor")
     directory.mkdir(parents=True, exist_ok=True)
+    files = {
+        "config.json": model.raw,
+        "preprocessor_config.json": dict(
+            image_processor_type="Idefics3ImageProcessor", do_convert_rgb=True, do_resize=True,
+            size={"longest_edge": processor.longest_edge}, resample=1, do_rescale=True,
+            rescale_factor=1 / 255, do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+            do_pad=True, do_image_splitting=processor.longest_edge > processor.tile,
+            max_image_size={"longest_edge": processor.tile}),
+        "processor_config.json": name | dict(image_seq_len=processor.image_tokens),
+        "tokenizer_config.json": name | dict(
+            tokenizer_class="PreTrainedTokenizerFast", bos_token=data.START, eos_token=data.STOP,
+            pad_token=processor.tokenizer.id_to_token(processor.pad),
+            clean_up_tokenization_spaces=False),
+        "generation_config.json": dict(
+            eos_token_id=processor.stop, pad_token_id=processor.pad,
+            suppress_tokens=processor.banned(model.vocabulary).nonzero().flatten().tolist())}
+    for file, content in files.items():
+        write_text(directory / file, json.dumps(content, indent=1))
     write_text(directory / "tokenizer.json", processor.tokenizer.to_str(pretty=True))
-    size = {"longest_edge": processor.longest_edge}
-    image = dict(image_processor_type="Idefics3ImageProcessor", do_convert_rgb=True,
-                 do_resize=True, size=size, resample=1, do_rescale=True, rescale_factor=1 / 255,
-                 do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_pad=True,
-                 do_image_splitting=processor.longest_edge > processor.tile,
-                 max_image_size={"longest_edge": processor.tile})
-    write_json(directory / "preprocessor_config.json", image)
-    write_json(directory / "processor_config.json", dict(
-        processor_class="Idefics3Processor", image_seq_len=processor.image_tokens))
-    write_json(directory / "tokenizer_config.json", dict(
-        tokenizer_class="PreTrainedTokenizerFast", processor_class="Idefics3Processor",
-        bos_token=data.START, eos_token=data.STOP, clean_up_tokenization_spaces=False,
-        pad_token=processor.tokenizer.id_to_token(processor.pad)))
     write_text(directory / "chat_template.jinja", data.CHAT_TEMPLATE)
-    write_json(directory / "generation_config.json", dict(
-        eos_token_id=processor.stop, pad_token_id=processor.pad,
-        suppress_tokens=processor.banned(model.vocabulary).nonzero().flatten().tolist()))
-    write_json(directory / "config.json", model.raw)
-    tensors = model.state_dict()
-    if model.config.tied:
-        del tensors["lm_head.weight"]
-    write_tensors(directory / "model.safetensors", tensors)
+    write_tensors(directory / "model.safetensors", model.state_dict())
 
 
 def check_tensors(expected, got, where):
@@ -408,36 +378,25 @@ def read_file(read, path):
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
-def load_tensors(directory):
-    index = directory / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        names = sorted(set(read_file(read_json, index)["weight_map"].values()))
-    tensors = {}
-    for name in names:
-        tensors.update(read_file(load_file, directory / name))
-    return tensors
-
-
 def load(directory, device="cpu"):
     """-> (VLM, Processor) of a run directory or a downloaded SmolVLM. Strict: see check_tensors."""
-    directory = pathlib.Path(directory)
-    model = VLM(read_file(read_json, directory / "config.json"))
+    directory, tensors = pathlib.Path(directory), {}
+    model = read_file(lambda path: VLM(read_json(path)), directory / "config.json")
     tokenizer = read_file(lambda path: Tokenizer.from_file(str(path)), directory / "tokenizer.json")
-    tensors, expected = load_tensors(directory), model.state_dict()
-    if model.config.tied:
-        tensors.setdefault("lm_head.weight", tensors.get("model.text_model.embed_tokens.weight"))
-    check_tensors(expected, tensors, directory)
+    index, names = directory / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists():
+        names = sorted(set(read_file(read_json, index)["weight_map"].values()))
+    for name in names:
+        tensors.update(read_file(load_file, directory / name))
+    check_tensors(model.state_dict(), tensors, directory)
     model.load_state_dict(tensors)
     c = model.config.vision
-    processor = data.Processor(
-        tokenizer, c.image_size, (c.image_size // c.patch_size) ** 2 // model.config.scale ** 2)
-    return model.to(device), processor
+    tokens = (c.image_size // c.patch_size) ** 2 // model.config.scale ** 2
+    return model.to(device), data.Processor(tokenizer, c.image_size, tokens)
 
 
 def fresh(size, examples, seed):
     """A random model of a tabletop size, with a tokenizer trained on the text of the examples."""
     torch.manual_seed(seed)
-    tokenizer = data.train_tokenizer(examples)
-    processor = data.Processor(tokenizer, 64, 16)
+    processor = data.Processor(data.train_tokenizer(examples), 64, 16)
     return VLM(preset_config(size, processor)), processor

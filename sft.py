@@ -2,18 +2,15 @@
 
     loss = sum_t w_t * l_t / number of tokens,     l_t = -log p(y_t | picture, question, y_<t)
 
-The weight w_t carries no gradient and is one small function: 1 is plain NLL (the paper's), others
-are DFT, TrSFT, LUFFY's shape and the entropy mask. The pictures, prompts, scorer, decoding and
-grader are those of grpo.py: a diff of the two files is the difference between imitation and
-exploration. What every training run needs stands here too: `Run` (metrics, atomic checkpoint,
-resume that is exact to the bit on a CPU, optimizers).
+Pictures, prompts, scorer, decoding and grader are those of grpo.py: a diff of the two files is the
+difference between imitation and exploration. `Run` is what every training run needs.
 
     python sft.py                       makes the base if there is none, then SFT on 2,000 traces
     python sft.py --stage base          the base model alone, from scratch
     python sft.py --data FILE           SFT on your own rows, from scratch or from --init
 
-Departs from the paper: Muon on the matrices (torch.optim.Muon) beside AdamW, a model of 1.5 M
-parameters, traces written by the world instead of sampled from a larger model.
+Departs from the paper: Muon on the matrices beside AdamW, a small model, traces written by the
+world instead of sampled from a larger model.
 """
 import json
 import math
@@ -30,12 +27,9 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
-from evaluate import DEVICE, evaluate, option, run_script, summary
+from evaluate import DEVICE, evaluate, option, read_rows, run_script, summary
 from kernels import Sampler
-from model import SIZES, check_tensors, fresh, load, save, write_json, write_tensors, write_text
-
-
-# ------------------------------------------------------------------------------- token weights
+from model import SIZES, check_tensors, fresh, load, read_json, save, write_tensors, write_text
 
 WEIGHTS = {  # name: w_t from the token's probability p and the entropy there, without gradient
     "nll": lambda p, entropy: torch.ones_like(p),
@@ -55,13 +49,10 @@ def imitation_loss(logprob, entropy, mask, weight):
     return -(w * logp).sum() / mask.sum()
 
 
-# ------------------------------------------------------------------------------------- options
-
 @dataclass
 class RunConfig:
     """Options that sft.py and grpo.py share."""
-    init: str = option(None, "directory of the model to start from (default: the world's base; for "
-                             "sft.py on a file, a random model)")
+    init: str = option(None, "model to start from (default: the base; sft.py on a file: none)")
     data: str = option("world", "world, or a .jsonl or .json file")
     out: str = option(None, "run directory (default: runs/ and what the run is)")
     examples: int = option(2000, "how many questions of the world to use: its first ones", least=1)
@@ -69,8 +60,7 @@ class RunConfig:
     lr: float = option(None, "peak learning rate")
     warmup: int = option(20, "steps until the peak learning rate", least=0)
     save_every: int = option(50, "steps between checkpoints", least=1)
-    eval_every: int = option(0, "steps between evaluations on the split val; 0: first and last",
-                             least=0)
+    eval_every: int = option(0, "steps between evaluations on val; 0: first and last", least=0)
     eval_examples: int = option(240, "questions of an evaluation", least=1)
     max_new_tokens: int = option(48, "longest answer", least=1)
     seed: int = option(0, "seed of everything random", least=0)
@@ -81,10 +71,9 @@ class RunConfig:
 
 @dataclass
 class Config(RunConfig):
-    """Options of sft.py. lr is 1e-2 from scratch, else 1e-3; steps come from epochs, 700 for the
-    base of the world."""
+    """Options of sft.py. lr: 1e-2 from scratch, else 3e-3; steps: by epochs, 2000 for the base."""
     stage: str = option("sft", "base: mixed pretraining from scratch; sft", ("base", "sft"))
-    size: str = option("m", "size of a model made from scratch", tuple(SIZES))
+    size: str = option("s", "size of a model made from scratch", tuple(SIZES))
     traces: str = option("canonical", "canonical, verbose, answer, or a file of rollouts")
     epochs: int = option(3, "passes over the examples", least=1)
     batch: int = option(64, "examples per step", least=1)
@@ -118,17 +107,15 @@ class Run:
         """Takes the run directory: a new one, or with --resume the same options and its state."""
         options, path = asdict(self.config), self.out / "run.json"
         if not self.config.resume and (self.out / "metrics.jsonl").exists():
-            sys.exit(f"error: {self.out} already holds a run; go on with --resume, or choose "
-                     "another --out")
-        if self.config.resume and path.exists():
-            stored = json.loads(path.read_text())
-            for name in sorted(set(stored) & set(options) - {"resume", "device", "save_every"}):
-                if stored[name] != options[name]:
-                    sys.exit(f"error: --{name.replace('_', '-')}: the run in {self.out} has "
-                             f"{stored[name]!r}, now {options[name]!r}; give the same options to "
-                             "--resume, or choose another --out")
+            sys.exit(f"error: {self.out} already holds a run; --resume it, or choose another --out")
+        stored = read_json(path) if self.config.resume and path.exists() else {}
+        for name in sorted(set(stored) & set(options) - {"resume", "device", "save_every"}):
+            if stored[name] != options[name]:
+                sys.exit(f"error: --{name.replace('_', '-')}: the run in {self.out} has "
+                         f"{stored[name]!r}, now {options[name]!r}; give the same options, or choose "
+                         "another --out")
         (self.out / "training").mkdir(parents=True, exist_ok=True)
-        write_json(path, options)
+        write_text(path, json.dumps(options, indent=1))
         if self.config.resume and self.state.exists():
             self.restore()
         self.trim_metrics()
@@ -143,9 +130,8 @@ class Run:
         for optimizer in self.optimizers:
             for p in optimizer.param_groups[0]["params"]:
                 prefix = f"optimizer/{self.names[p]}/"
-                state = {n[len(prefix):]: t for n, t in tensors.items() if n.startswith(prefix)}
-                if state:
-                    optimizer.state[p] = state
+                optimizer.state[p] = {name.removeprefix(prefix): tensor for name, tensor
+                                      in tensors.items() if name.startswith(prefix)}
 
     def trim_metrics(self):
         """Forgets the rows of steps that will be done again."""
@@ -164,8 +150,8 @@ class Run:
         for optimizer in self.optimizers:
             for p, state in optimizer.state.items():
                 tensors.update({f"optimizer/{self.names[p]}/{k}": t for k, t in state.items()})
-        write_tensors(self.state, tensors,
-                      dict(step=str(self.step), steps=str(self.config.steps)))
+        steps = dict(step=str(self.step), steps=str(self.config.steps))
+        write_tensors(self.state, tensors, steps)
 
     def update(self, loss, examples):
         """One optimizer step -> gradient norm. Stops on a loss that is not a number."""
@@ -178,16 +164,14 @@ class Run:
             sys.exit(f"error: step {self.step + 1}: loss {loss.item()} or gradient norm "
                      f"{norm.item()} is not finite; batch: {ids}. The last checkpoint in "
                      f"{self.out} is intact; a lower --lr is the usual cure")
+        share = min(1.0, (self.step + 1) / max(1, self.config.warmup))
+        if self.decay:               # linear to a tenth
+            share *= 1 - 0.9 * self.step / self.config.steps
         for optimizer in self.optimizers:
             group = optimizer.param_groups[0]
-            group["lr"] = self.schedule() * group.setdefault("peak", group["lr"])
+            group["lr"] = share * group.setdefault("peak", group["lr"])
             optimizer.step()
         return norm.item()
-
-    def schedule(self):
-        """Linear warm-up; then constant, or with `decay` linear to a tenth."""
-        warm = min(1.0, (self.step + 1) / max(1, self.config.warmup))
-        return warm * (1 - 0.9 * self.step / self.config.steps if self.decay else 1)
 
     def validate(self):
         """Greedy accuracy on the split val (never trained on, not the test)."""
@@ -226,8 +210,7 @@ class Run:
             last = self.step == c.steps
             if last or c.eval_every and self.step % c.eval_every == 0:
                 self.validate()
-            if (last or stop or self.step % c.save_every == 0
-                    or str(self.step) in self.keep):
+            if last or stop or self.step % c.save_every == 0 or str(self.step) in self.keep:
                 self.save()
             if stop:
                 sys.exit(f"stopped after step {self.step}; saved; go on with --resume")
@@ -262,15 +245,11 @@ def base_model(device):
     return "runs/base"
 
 
-# ------------------------------------------------------------------------------------ the data
-
 def read_traces(path):
     """Rollouts of evaluate.py --out on the world as examples: the right ones, as they stand."""
-    rows = [json.loads(line) for line in open(path, encoding="utf-8") if line.strip()]
-    examples = []
-    for row in rows:
-        if row.get("correct", True):
-            examples.append(replace(data.world_example_of(row["id"]), response=row["response"]))
+    rows = read_rows(path)
+    examples = [replace(data.world_example_of(row["id"]), response=row["response"])
+                for row in rows if row.get("correct", True)]
     if not examples:
         raise data.DataError(f"{path}: no right answer among {len(rows)} rows")
     return examples
@@ -287,14 +266,6 @@ def training_examples(c):
     return data.World("train", c.traces, c.examples)
 
 
-def vocabulary_examples(c, examples):
-    """The text that the tokenizer of a model from scratch is trained on."""
-    if c.data != "world":
-        return [examples[i] for i in range(min(5000, len(examples)))]
-    verbose, base = data.World("train", "verbose"), data.World("base")
-    return [base[i] for i in range(3000)] + [verbose[i] for i in range(600)]
-
-
 def pick(count, batch, step, seed):
     """Indices of the examples of a step: a new shuffle in each epoch, from (seed, epoch)."""
     batch = min(batch, count)
@@ -308,12 +279,15 @@ def pick(count, batch, step, seed):
 def main(c):
     c.out = c.out or f"runs/{c.stage}"
     scratch = c.stage == "base" or c.init is None and c.data != "world"
-    c.lr = c.lr or (1e-2 if scratch else 1e-3)
-    c.steps = c.steps or (700 if c.stage == "base" and c.data == "world" else None)
+    c.lr = c.lr or (1e-2 if scratch else 3e-3)
+    c.steps = c.steps or (2000 if c.stage == "base" and c.data == "world" else None)
     examples = training_examples(c)
     c.steps = c.steps or c.epochs * max(1, len(examples) // c.batch)
-    if scratch:
-        model, processor = fresh(c.size, vocabulary_examples(c, examples), c.seed)
+    if scratch:                      # the tokenizer learns from the text of the first examples
+        text = [examples[i] for i in range(min(3000, len(examples)))]
+        if c.data == "world":
+            text += [data.world_example("train", i, "verbose") for i in range(600)]
+        model, processor = fresh(c.size, text, c.seed)
         model.to(c.device)
     else:
         c.init = c.init or base_model(c.device)

@@ -105,7 +105,7 @@ def test_aggregation():
 
 
 def test_kl_estimators():
-    """In expectation over p all three values are near KL(p, q); k1's gradient is zero, k2's right."""
+    """All three values are near KL(p, q) in expectation; k1's gradient is zero, k2's right."""
     torch.manual_seed(0)
     logits = torch.randn(6, dtype=torch.double, requires_grad=True)
     other = (logits.detach() + 0.3 * torch.randn(6, dtype=torch.double)).log_softmax(0)

@@ -1,4 +1,4 @@
-"""The rules of the house: layout, imports in one direction, the line budget, what the README says."""
+"""The rules of the house: layout, import direction, line budget, what the README says."""
 import ast
 import pathlib
 import re
@@ -23,7 +23,8 @@ def code_lines(path):
     """Lines that are not blank, not a comment and not a docstring."""
     tree, documentation = ast.parse(path.read_text()), set()
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documented and ast.get_docstring(node):
             documentation.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     with open(path, "rb") as file:
         used = {line for token in tokenize.tokenize(file.readline) if token.type not in LAYOUT

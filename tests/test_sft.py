@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 import data
 import evaluate
-import grpo
 import model as models
 import sft
 
@@ -33,8 +32,9 @@ def start(tmp_path_factory):
 
 
 def command(script, out, start, *more):
-    common = [sys.executable, str(ROOT / script), "--init", str(start), "--out", str(out), "--device",
-              "cpu", "--steps", "8", "--save-every", "1", "--eval-examples", "6", "--examples", "64"]
+    common = [sys.executable, str(ROOT / script), "--init", str(start), "--out", str(out),
+              "--device", "cpu", "--steps", "8", "--save-every", "1", "--eval-examples", "6",
+              "--examples", "64"]
     size = ["--batch", "8"] if script == "sft.py" else ["--prompts", "2", "--group", "4",
                                                        "--max-new-tokens", "12"]
     return common + size + list(more)
@@ -128,9 +128,9 @@ def test_weights():
         expected, = torch.autograd.grad(loss.sum() / 4, logit, retain_graph=True)
         ours = sft.imitation_loss(torch.sigmoid(logit).log()[None], entropy[None], mask, name)
         assert torch.allclose(torch.autograd.grad(ours, logit)[0], expected), name
-    weight = sft.entropy_mask(p, entropy, 0.5)
-    assert weight.tolist() == [0, 1, 1, 0]
-    assert sft.trsft(torch.tensor([0.05, 0.2]), None).tolist() == [0.5, 1]
+    entropy = torch.arange(10.0)
+    assert sft.WEIGHTS["entropy"](entropy, entropy).tolist() == [0] * 8 + [1] * 2
+    assert sft.WEIGHTS["trsft"](torch.tensor([0.05, 0.2]), None).tolist() == [0.5, 1]
 
 
 def test_loss_counts_tokens_only():
@@ -162,7 +162,8 @@ def test_file_of_rollouts_as_traces(tmp_path, start):
             for i in range(6)]
     path = tmp_path / "rollouts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [e.response for e in sft.read_traces(path)] == [f"<answer>{i}</answer>" for i in (0, 2, 4)]
+    right = [f"<answer>{i}</answer>" for i in (0, 2, 4)]
+    assert [example.response for example in sft.read_traces(path)] == right
     path.write_text(json.dumps(rows[1]))
     with pytest.raises(data.DataError, match="no right answer"):
         sft.read_traces(path)
