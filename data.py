@@ -252,8 +252,6 @@ def check_steps(scene, text):
     return [(s, None if s in FILLERS else len(s) < 100 and is_true(scene, s)) for s in sentences]
 
 
-# ---------------------------------------------------------------- the tabletop world: examples
-
 def world_example(split, index, style="canonical"):
     """Example `index` of a split: the same on every machine, whatever else was drawn before."""
     if split not in SPLITS:

@@ -109,8 +109,6 @@ def equal_groups(rewards):
     return (rewards == rewards[:, :1]).all(1)
 
 
-# ----------------------------------------------------------------------------------- objective
-
 def log_ratio(logprob, old, mask, level):
     """log w: a token's own, or (GSPO) the mean over its answer. (R, N)"""
     gap = (logprob - old) * mask

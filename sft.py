@@ -84,11 +84,8 @@ class Config(RunConfig):
 # -------------------------------------------------------------------------------------- a run
 
 class Run:
-    """The part of a training run that is the same for imitation and exploration.
-
-    Every draw (data order, sampler noise) is a function of (seed, step), so there is no state of
-    a random generator to keep: weights, optimizer state and the step are all.
-    """
+    """What imitation and exploration share. Every draw (data order, sampler noise) is a function of
+    (seed, step): weights, optimizer state and the step are all there is to keep."""
 
     def __init__(self, config, model, processor, decay):
         self.config, self.model, self.processor = config, model, processor
@@ -118,7 +115,10 @@ class Run:
         write_text(path, json.dumps(options, indent=1))
         if self.config.resume and self.state.exists():
             self.restore()
-        self.trim_metrics()
+        path = self.out / "metrics.jsonl"            # forgets the rows of steps to be done again
+        kept = [line for line in (path.read_text().splitlines() if self.step else [])
+                if line.endswith("}") and json.loads(line)["step"] <= self.step]
+        write_text(path, "".join(line + "\n" for line in kept))
 
     def restore(self):
         tensors = load_file(self.state, device=self.config.device)
@@ -132,14 +132,6 @@ class Run:
                 prefix = f"optimizer/{self.names[p]}/"
                 optimizer.state[p] = {name.removeprefix(prefix): tensor for name, tensor
                                       in tensors.items() if name.startswith(prefix)}
-
-    def trim_metrics(self):
-        """Forgets the rows of steps that will be done again."""
-        path = self.out / "metrics.jsonl"
-        lines = path.read_text().splitlines() if self.step else []
-        kept = [line for line in lines if line.endswith("}") and
-                json.loads(line)["step"] <= self.step]
-        write_text(path, "".join(line + "\n" for line in kept))
 
     def save(self):
         """The checkpoint that others open; last, in one atomic file, the state to resume from."""
@@ -240,8 +232,8 @@ def base_model(device):
     command = ["sft.py", "--stage", "base", "--out", "runs/base", "--device", device, "--resume"]
     if not finished("runs/base"):
         print("no base model yet, making it: python", *command, flush=True)
-        here = pathlib.Path(__file__).parent
-        subprocess.run([sys.executable, here / command[0], *command[1:]], check=True)
+        command[0] = pathlib.Path(__file__).with_name(command[0])
+        subprocess.run([sys.executable, *command], check=True)
     return "runs/base"
 
 

@@ -287,12 +287,12 @@ def test_chunks(monkeypatch):
 
 @pytest.fixture(scope="module")
 def vlm():
-    """A tiny model that likes banned ids most, and often its end mark; pictures and plain text."""
+    """A tiny model that likes banned ids most, and often its end mark; with and without pictures."""
     model, processor = models.fresh("s", [data.base_example(i) for i in range(200)], 0)
-    banned = processor.banned(model.vocabulary)
+    banned = processor.banned(model.vocabulary) | (torch.arange(model.vocabulary) % 8 > 0)
     model.lm_head.weight.data *= torch.where(banned, 30, 10)[:, None]
     for weight in model.parameters():            # a fresh layer is the identity: nothing attends
-        weight.data += 0.1 * torch.randn(weight.shape) * (not weight.any())
+        weight.data += 0.2 * torch.randn(weight.shape) * (not weight.any())
     examples = [data.world_example(("test", "text")[i % 2], i) for i in range(4)]
     batch, *alone = (processor.batch(some) for some in (examples, *([e] for e in examples)))
     ids = kernels.Sampler(model.to(DEVICE), banned, -1).generate(batch, 16, 12).ids
@@ -314,7 +314,7 @@ def test_sampled_is_what_is_trained(vlm, dtype, temperature, most, mean):
     logprobs, _ = vlm.model.score(vlm.batch, r.ids, r.mask, 8, vlm.banned, temperature)
     gap = (logprobs - r.logprobs)[r.mask].abs()
     assert gap.max() < most and gap.mean() < mean
-    assert not vlm.banned[r.ids[r.mask]].any() and len(r.ids[r.mask].unique()) > 20
+    assert not vlm.banned[r.ids[r.mask]].any() and len(r.ids[r.mask].unique()) > 10
 
 
 @torch.no_grad()
@@ -365,13 +365,14 @@ def addresses(sampler):
 def test_finished_rows_write_nothing_and_buffers_stay(vlm):
     """Trap 13: leftovers of a wide batch, or of finished rows, that the next batch attends to."""
     sampler, fresh = sampler_of(vlm), sampler_of(vlm)
-    ends = sampler.generate(vlm.batch, 2, 12).lengths + vlm.batch.lengths.repeat_interleave(2) - 1
+    wide = sampler.generate(vlm.batch, 2, 12)
+    ends = vlm.batch.lengths.repeat_interleave(2) - 1 + wide.lengths
     beyond = torch.arange(sampler.room, device=DEVICE) >= ends[:, None]
     for part in (x for pair in sampler.cache for x in pair):
         assert not part[beyond].any() and part[~beyond].flatten(1).any(1).all()
     before = addresses(sampler)
     got, expected = (s.generate(vlm.alone[3], 8, 12, 1.0, vlm.seeds[:1]) for s in (sampler, fresh))
-    assert before == addresses(sampler) and expected.lengths.unique().numel() > 3
+    assert before == addresses(sampler) and (expected.lengths < wide.lengths).any()
     assert torch.equal(got.ids, expected.ids)
     close(got.logprobs, expected.logprobs)
 
