@@ -182,21 +182,21 @@ def ask_location(rng, things, family):
     return dict(a=name), steps, str(list(thing.box))
 
 
-# family: (how to ask, wordings in training, the wording that is held out for the split ood)
+# family: (how to ask, two wordings of training, one for ood: known words, but never together so)
 FAMILIES = {
     "count": (ask_count, "How many {a} are there?", "How many {a} do you see?",
-              "What is the number of {a}?"),
+              "How many {a} do you see there?"),
     "sum": (ask_pair, "How many {a} and {b} are there together?", "What do {a} and {b} add up to?",
-            "{a} plus {b}: how many in total?"),
+            "What do {a} and {b} together add up to?"),
     "cost": (ask_pair, "Each {a} costs {x} and each {b} costs {y}. What do they cost together?",
              "Price of a {a}: {x}, of a {b}: {y}. What does everything cost?",
-             "For {x} per {a} and {y} per {b}, what is the total?"),
+             "Each {a} costs {x} and each {b} costs {y}. What does everything cost?"),
     "difference": (ask_pair, "How many more {a} than {b} are there?",
                    "By how many do {a} outnumber {b}?",
-                   "Take the number of {b} from the number of {a}. What is left?"),
+                   "By how many more do {a} outnumber {b}?"),
     "comparison": (ask_pair, "Are there more {a} than {b}?", "Do {a} outnumber {b}?",
-                   "Is the number of {a} above that of {b}?"),
-    "location": (ask_location, "Where is the {a}?", "Find the {a}.", "Which box holds the {a}?")}
+                   "Are {a} more than {b}?"),
+    "location": (ask_location, "Where is the {a}?", "Find the {a}.", "Where do you see the {a}?")}
 CLAIMS = {      # kind: (canonical wording, verbose wording); both spoken and parsed by these
     "count": ("{a}: {n}", "I count {n} {a}"),
     "arithmetic": ("{x} {sign} {y} = {n}", "{x} {word} {y} makes {n}"),

@@ -480,8 +480,8 @@ def curve_rows(results):
 
 CAPTION = ("Accuracy in percent, greedy, with 95 % Wilson intervals over the questions. Faithful: "
            "right, and every step of the reasoning true. One seed is not evidence.")
-DECEPTION = ("ρ: Spearman correlation of training reward and held-out accuracy after the first third "
-             "of a run; below 0, the reward deceives. Regret: best minus last held-out accuracy.")
+DECEPTION = ("ρ: Spearman correlation of training reward and held-out accuracy after a run's first "
+             "third; below 0, the reward deceives. Regret: best minus last held-out accuracy.")
 
 
 def commands(results):
@@ -550,8 +550,8 @@ def rollouts_html(results, out, count=12):
         picture = base64.b64encode(buffer.getvalue()).decode()
         rows = "".join(rollout_html(cell, rows[index]) for cell, rows in answers)
         question = html.escape(example.question.replace(data.IMAGE, ""))
-        parts.append(f'<section><img src="data:image/png;base64,{picture}" alt=""><div><h3>{question}'
-                     f"</h3>right answer: <b>{html.escape(example.answer)}</b><table>{rows}</table>"
+        parts.append(f'<section><img src="data:image/png;base64,{picture}" alt=""><div><h3>'
+                     f"{question}</h3>right answer: <b>{html.escape(example.answer)}</b><table>{rows}</table>"
                      "</div></section>")
     return "".join(parts)
 
@@ -570,11 +570,11 @@ def report_html(results, out):
     charts = "".join(chart(f"{cell['strength']} base, {METHODS[cell['method']]}",
                            cell["curve"]["points"]) for cell in results["cells"] if cell["curve"])
     parts = [
-        f"<h1>SFT against GRPO</h1>Preset {results['preset']}, on {html.escape(results['machine'])}.",
-        html_table(table_rows(results)), CAPTION, "<h2>Reward against held-out accuracy</h2>", charts,
-        html_table(curve_rows(results)), DECEPTION, "<h2>Rollouts</h2>Green steps are true, red ones "
-        "false; lucky is right with a false step. The last column is the reward.",
-        rollouts_html(results, out), f"<h2>Commands</h2><pre>{html.escape(commands(results))}</pre>"]
+        f"<h1>SFT against GRPO</h1>{results['preset']}, on {html.escape(results['machine'])}",
+        html_table(table_rows(results)), CAPTION, "<h2>Reward and held-out accuracy</h2>", charts,
+        html_table(curve_rows(results)), DECEPTION, "<h2>Rollouts</h2>Green steps are true, red "
+        "ones false; lucky is right with a false step. The last column is the reward.",
+        rollouts_html(results, out), "<h2>Commands</h2><pre>", html.escape(commands(results))]
     return ('<!doctype html><html lang="en"><meta charset="utf-8"><title>SFT against GRPO</title>'
             f"<style>{STYLE}</style>{''.join(parts)}</html>")
 

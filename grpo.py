@@ -4,8 +4,8 @@
     loss = mean_i 1/|y_i| sum_t -min(w_t A_i, clip(w_t, 1-e, 1+e) A_i) + beta * KL_t
     w_t  = exp(log p(y_t) - log p_old(y_t))                      1 with one update per rollout
 
-Each choice is an option, and --algorithm is a preset of them. A loss near zero is normal here: watch
-reward, advantage and gradient norm. --minibatches 2 makes the ratio, and clipping, real.
+Each choice is an option, and --algorithm is a preset of them. A loss near zero is normal here:
+watch reward, advantage and gradient norm. --minibatches 2 makes the ratio, and clipping, real.
 
     python grpo.py                        GRPO from the base model (made if there is none)
     python grpo.py --init runs/sft        SFT, then GRPO
@@ -158,9 +158,9 @@ def policy_loss(logprob, old, sampled, reference, advantage, mask, c):
 
 # ------------------------------------------------------------------------------------ the loop
 
-# The rollouts of one step, R = B * G rows, row r answers question r // G: B examples, Rollouts, R dicts
-# of reward parts (None: the grader failed), rewards (B, G), mask of the tokens in the loss (R, N),
-# advantage (R, 1), seconds of sampling
+# The rollouts of a step, R = B * G rows, row r answers question r // G: B examples, Rollouts, R
+# dicts of reward parts (None: the grader failed), rewards (B, G), mask of the tokens in the loss
+# (R, N), advantage (R, 1), seconds of sampling
 Experience = namedtuple("Experience", "examples rollouts parts rewards mask advantage seconds")
 
 

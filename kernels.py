@@ -73,8 +73,9 @@ if triton:
         return left * c - right * s, right * c + left * s
 
     @triton.jit
-    def rotary_cache_kernel(q, k, v, cos, sin, keys, values, slots, done, out, room, H: tl.constexpr,
-                            K: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    def rotary_cache_kernel(q, k, v, cos, sin, keys, values, slots, done, out, room,
+                            H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+                            BLOCK: tl.constexpr):
         row, head, at = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
         inside = at < HALF
         if head < H:

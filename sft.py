@@ -109,8 +109,8 @@ class Run:
         for name in sorted(set(stored) & set(options) - {"resume", "device", "save_every"}):
             if stored[name] != options[name]:
                 sys.exit(f"error: --{name.replace('_', '-')}: the run in {self.out} has "
-                         f"{stored[name]!r}, now {options[name]!r}; give the same options, or choose "
-                         "another --out")
+                         f"{stored[name]!r}, now {options[name]!r}; give the same, or choose another "
+                         "--out")
         (self.out / "training").mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(options, indent=1))
         if self.config.resume and self.state.exists():

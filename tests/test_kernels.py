@@ -287,7 +287,7 @@ def test_chunks(monkeypatch):
 
 @pytest.fixture(scope="module")
 def vlm():
-    """A tiny model that likes banned ids most, and often its end mark; with and without pictures."""
+    """A tiny model that likes banned ids, and its end mark; half the prompts have pictures."""
     model, processor = models.fresh("s", [data.base_example(i) for i in range(200)], 0)
     banned = processor.banned(model.vocabulary) | (torch.arange(model.vocabulary) % 8 > 0)
     model.lm_head.weight.data *= torch.where(banned, 30, 10)[:, None]
@@ -365,13 +365,13 @@ def addresses(sampler):
 def test_finished_rows_write_nothing_and_buffers_stay(vlm):
     """Trap 13: leftovers of a wide batch, or of finished rows, that the next batch attends to."""
     sampler, fresh = sampler_of(vlm), sampler_of(vlm)
-    wide = sampler.generate(vlm.batch, 2, 12)
-    ends = vlm.batch.lengths.repeat_interleave(2) - 1 + wide.lengths
+    wide = sampler.generate(vlm.batch, 8, 12)
+    ends = vlm.batch.lengths.repeat_interleave(8) - 1 + wide.lengths
     beyond = torch.arange(sampler.room, device=DEVICE) >= ends[:, None]
     for part in (x for pair in sampler.cache for x in pair):
         assert not part[beyond].any() and part[~beyond].flatten(1).any(1).all()
     before = addresses(sampler)
-    got, expected = (s.generate(vlm.alone[3], 8, 12, 1.0, vlm.seeds[:1]) for s in (sampler, fresh))
+    got, expected = (s.generate(vlm.alone[3], 32, 12, 1.0, vlm.seeds[:1]) for s in (sampler, fresh))
     assert before == addresses(sampler) and (expected.lengths < wide.lengths).any()
     assert torch.equal(got.ids, expected.ids)
     close(got.logprobs, expected.logprobs)
