@@ -24,6 +24,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 MAX_PIXELS = 32_000_000              # a larger image is refused before it is decoded
 CHECKED = set()                      # image files and bytes that were decoded without error
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")      # Pillow's EPS would start Ghostscript
 IMAGE = "<image>"
 LANCZOS = Image.Resampling.LANCZOS
 
@@ -134,7 +135,7 @@ def pick_phrase(rng, things, kind):
     """A noun phrase, four times in five one that the table holds."""
     colour, shape, *_ = rng.choice(things)
     if rng.random() < 0.2:
-        colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+        colour, shape = rng.choice(KNOWN)     # an ood pair would always count 0 in training
     return {"shape": shape, "colour": f"{colour} shape", "pair": f"{colour} {shape}"}[kind]
 
 
@@ -327,6 +328,8 @@ class World:
         return self.size
 
     def __getitem__(self, index):
+        if not 0 <= index < self.size:
+            raise IndexError(index)      # what ends a `for`
         return self.make(index)
 
 
@@ -338,7 +341,8 @@ def open_image(source, where):
         return source
     name = "embedded image" if isinstance(source, bytes) else source
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        image = Image.open(file, formats=FORMATS)
         if image.width * image.height <= MAX_PIXELS:
             return image.convert("RGB")
     except FileNotFoundError:
@@ -357,9 +361,10 @@ def image_source(value, root, where):
         except (ValueError, TypeError) as error:
             raise DataError(f"{where}: field image: bytes are not base64 ({error})") from None
     value = value.get("path") if isinstance(value, dict) else value
-    if not isinstance(value, str) or "\0" in value:
-        raise DataError(f"{where}: field image: expected a path, got {value!r}")
-    path = (root / value).resolve()
+    try:                               # fails for what is no text, "\0", "\ud800", circular links
+        path = (root / value).resolve()
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(f"{where}: field image: expected a path, got {value!r}") from None
     if not path.is_relative_to(root.resolve()):
         raise DataError(f"{where}: field image: {value!r} leaves the data directory {root}")
     return path
@@ -378,8 +383,8 @@ def message_turns(messages, where):
         role, content = first(message, "role", "from"), first(message, "content", "value")
         role = names.get(role) if isinstance(role, str) else None
         if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-            content = "".join(IMAGE if part.get("type") == "image" else str(part.get("text", ""))
-                              for part in content)
+            texts = [IMAGE if part.get("type") == "image" else part.get("text") for part in content]
+            content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
         if role is None or role in turns or not isinstance(content, str):
             raise DataError(f"{where}: field messages: expected one user turn and at most one "
                             f"system and one assistant turn with text, got {message!r:.80}")
@@ -423,6 +428,7 @@ def row_answer(row, response, where):
         raise DataError(f"{where}: no answer: expected text or a number in answer, ground_truth, "
                         f"solution or an assistant turn; got {answer!r:.80}")
     answer, thought = strip_answer(str(answer)), first(row, "rationale", "thinking")
+    thought = re.sub("</?think>", "", thought or "").strip()       # R1-V's `thinking` has them
     return answer, response or (reasoned(thought, answer) if thought else bare(answer))
 
 
@@ -430,26 +436,33 @@ def read_row(row, root, where):
     """One row of any layout -> Example, its pictures looked at: bad ones show before training."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, got {type(row).__name__}")
+    for name in ("system", "instruction", "input", "output", "rationale", "thinking"):
+        if not isinstance(row.get(name) or "", str):
+            raise DataError(f"{where}: field {name}: expected text, got {row[name]!r:.80}")
     turns, images = row_turns(row, where), first(row, "images", "image", "image_path")
     images = [] if images is None else images if isinstance(images, list) else [images]
     images = [image_source(item, root, where) for item in images]
-    question, choices = turns["user"], row.get("choices")
-    if IMAGE not in question:
-        question = IMAGE * len(images) + question
-    if question.count(IMAGE) != len(images):
-        raise DataError(f"{where}: {question.count(IMAGE)} {IMAGE} in the text but {len(images)} "
-                        "images; write one for each, or none to put all images first")
+    question, system, choices = turns["user"], turns.get("system", ""), row.get("choices")
     if choices is not None:
-        if not isinstance(choices, list) or not 2 <= len(choices) <= 26:
+        if (not isinstance(choices, list) or not 2 <= len(choices) <= 26
+                or not all(isinstance(choice, (str, int, float)) for choice in choices)):
             raise DataError(f"{where}: field choices: expected a list of 2 to 26, got {choices!r}")
         choices = [str(choice) for choice in choices]
         question += "".join(f"\n({chr(65 + i)}) {choice}" for i, choice in enumerate(choices))
+    if IMAGE not in question:
+        question = IMAGE * len(images) + question
     answer, response = row_answer(row, turns.get("assistant"), where)
+    if question.count(IMAGE) != len(images) or IMAGE in system + response:
+        raise DataError(f"{where}: {question.count(IMAGE)} {IMAGE} in the text but {len(images)} "
+                        "images; write one for each, or none to put all images first, and none "
+                        f"({IMAGE}) in the system turn or the response")
+    if re.search("[\ud800-\udfff]", question + response + system):
+        raise DataError(f"{where}: half a character (a lone surrogate) in question or answer")
     for image in set(images) - CHECKED:
         open_image(image, where)
         CHECKED.add(image)
-    return Example(str(row.get("id", where)), question, answer, response, images, choices,
-                   turns.get("system", ""))
+    return Example(str(where if row.get("id") is None else row["id"]), question, answer, response,
+                   images, choices, system)
 
 
 def parsed(text, where):
@@ -465,7 +478,10 @@ def read_examples(path, skip_bad_rows=False):
     path, examples, bad = pathlib.Path(path), [], []
     if not path.is_file():
         raise DataError(f"{path}: no such file; --data takes «world» or a .jsonl or .json file")
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error})") from None
     listed = text.lstrip().startswith("[")
     rows = [json.dumps(row) for row in parsed(text, path)] if listed else text.split("\n")
     for number, line in enumerate(rows, 1):

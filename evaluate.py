@@ -158,8 +158,6 @@ def grade(response, example):
     return Grade(correct, formatted, correct and bool(claims) and all(claims), steps)
 
 
-# ---------------------------------------------------------------------------------- statistics
-
 def wilson(right, n, z=1.96):
     """95 % interval of a proportion (Wilson 1927)."""
     share, spread = right / n, z * z / n
@@ -396,8 +394,7 @@ def run_command(command, log):
 
 
 def read_rows(path):
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
 
 
 def reward_curve(model):
@@ -447,8 +444,6 @@ def study(c):
     write_text(out / "report.html", report_html(results, out))
     print(f"\n{markdown_table(table_rows(results))}\n\n{out / 'report.md'}, {out / 'report.html'}")
 
-
-# ---------------------------------------------------------------------------------- the report
 
 def table_rows(results):
     """The main table as lists of text, its header first."""
@@ -551,8 +546,8 @@ def rollouts_html(results, out, count=12):
         rows = "".join(rollout_html(cell, rows[index]) for cell, rows in answers)
         question = html.escape(example.question.replace(data.IMAGE, ""))
         parts.append(f'<section><img src="data:image/png;base64,{picture}" alt=""><div><h3>'
-                     f"{question}</h3>right answer: <b>{html.escape(example.answer)}</b><table>{rows}</table>"
-                     "</div></section>")
+                     f"{question}</h3>right answer: <b>{html.escape(example.answer)}</b><table>"
+                     f"{rows}</table></div></section>")
     return "".join(parts)
 
 
@@ -566,7 +561,6 @@ section img{width:192px;height:192px;image-rendering:pixelated}h3{margin:0}svg{m
 
 
 def report_html(results, out):
-    """One file without outside references."""
     charts = "".join(chart(f"{cell['strength']} base, {METHODS[cell['method']]}",
                            cell["curve"]["points"]) for cell in results["cells"] if cell["curve"])
     parts = [

@@ -68,8 +68,6 @@ class Config(RunConfig):
     temperature: float = option(1.0, "of sampling, in the loss too", least=1e-3)
 
 
-# --------------------------------------------------------------------------- reward, advantage
-
 def reward_parts(response, length, example, c):
     """-> the parts of a reward, or None where the grader itself fails (then the advantage is 0)."""
     try:
@@ -156,11 +154,8 @@ def policy_loss(logprob, old, sampled, reference, advantage, mask, c):
     return aggregate(loss, mask, c.aggregation, c.max_new_tokens)
 
 
-# ------------------------------------------------------------------------------------ the loop
-
-# The rollouts of a step, R = B * G rows, row r answers question r // G: B examples, Rollouts, R
-# dicts of reward parts (None: the grader failed), rewards (B, G), mask of the tokens in the loss
-# (R, N), advantage (R, 1), seconds of sampling
+# The rollouts of a step, row r answers question r // G: B examples, Rollouts, R dicts of reward parts
+# (None: no verdict), rewards (B, G), mask of tokens in the loss (R, N), advantage (R, 1), seconds
 Experience = namedtuple("Experience", "examples rollouts parts rewards mask advantage seconds")
 
 

@@ -52,14 +52,15 @@ if triton:
                         BLOCK: tl.constexpr):
         row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
         inside = column < width
-        value = tl.load(x + row * width + column, inside, 0.0)
+        wide = tl.load(x + row * width + column, inside, 0.0).to(tl.float32)
         if HAS_DELTA:
-            value += tl.load(delta + row * width + column, inside, 0.0)
-            tl.store(total + row * width + column, value, inside)
-        wide = value.to(tl.float32)
+            wide += tl.load(delta + row * width + column, inside, 0.0).to(tl.float32)
+            wide = wide.to(total.dtype.element_ty).to(tl.float32)    # rounded as it is stored
+            tl.store(total + row * width + column, wide, inside)
         scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
-        gain = tl.load(weight + column, inside, 0.0)
-        tl.store(normed + row * width + column, gain * (wide * scale).to(value.dtype), inside)
+        gain = tl.load(weight + column, inside, 0.0).to(tl.float32)
+        unit = (wide * scale).to(normed.dtype.element_ty).to(tl.float32)
+        tl.store(normed + row * width + column, gain * unit, inside)
 
     @triton.jit
     def rotate_halves(x, row, cos, sin, HALF: tl.constexpr, BLOCK: tl.constexpr):
@@ -95,12 +96,13 @@ if triton:
     @triton.jit
     def decode_attention_kernel(q, keys, values, lengths, out, room, scale, K: tl.constexpr,
                                 PER: tl.constexpr, E: tl.constexpr, HEADS: tl.constexpr,
-                                WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+                                WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+                                PRECISION: tl.constexpr):
         row, k_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
         head, e, at = tl.arange(0, HEADS), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
         q_at = ((row * K + k_head) * PER + head[:, None]) * E + e[None, :]
         q_in = (head[:, None] < PER) & (e[None, :] < E)
-        query = tl.load(q + q_at, q_in, 0.0)
+        query = tl.load(q + q_at, q_in, 0.0).to(tl.float32)
         best = tl.full((HEADS,), -1e30, tl.float32)
         total = tl.zeros((HEADS,), tl.float32)
         mixed = tl.zeros((HEADS, WIDTH), tl.float32)
@@ -109,15 +111,14 @@ if triton:
             slot = start + at
             cache = ((row * room + slot[:, None]) * K + k_head) * E + e[None, :]
             inside = (slot[:, None] < length) & (e[None, :] < E)
-            key = tl.load(keys + cache, inside, 0.0)
-            score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+            key = tl.load(keys + cache, inside, 0.0).to(tl.float32)
+            score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
             score = tl.where(slot[None, :] < length, score, -1e30)
             higher = tl.maximum(best, tl.max(score, 1))
             part = tl.exp(score - higher[:, None])
             shrink = tl.exp(best - higher)
-            value = tl.load(values + cache, inside, 0.0)
-            mixed = mixed * shrink[:, None] + tl.dot(part.to(value.dtype), value,
-                                                     input_precision="ieee")
+            value = tl.load(values + cache, inside, 0.0).to(tl.float32)
+            mixed = mixed * shrink[:, None] + tl.dot(part, value, input_precision=PRECISION)
             total = total * shrink + tl.sum(part, 1)
             best = higher
         tl.store(out + q_at, (mixed / total[:, None]).to(out.dtype.element_ty), q_in)
@@ -185,7 +186,8 @@ def rotary_cache_triton(q, k, v, cos, sin, keys, values, slots, done):
     half = width // 2
     rotary_cache_kernel[(rows, heads + k_heads)](
         q.contiguous(), k.contiguous(), v.contiguous(), cos.contiguous(), sin.contiguous(), keys,
-        values, slots, done, out, keys.shape[1], heads, k_heads, half, triton.next_power_of_2(half))
+        values, slots, done, out, keys.stride(0) // keys.stride(1), heads, k_heads, half,
+        triton.next_power_of_2(half))
     return out
 
 
@@ -200,11 +202,12 @@ def rotary_cache(q, k, v, cos, sin, keys, values, slots, done):
 
 
 def decode_attention_triton(q, keys, values, lengths):
-    (rows, heads, width), (room, k_heads), out = q.shape, keys.shape[1:3], torch.empty_like(q)
-    per = heads // k_heads
+    (rows, heads, width), k_heads, out = q.shape, keys.shape[2], torch.empty_like(q)
+    per, room = heads // k_heads, keys.stride(0) // keys.stride(1)   # of a window: its cache's
     decode_attention_kernel[(rows, k_heads)](
         q, keys, values, lengths, out, room, width ** -0.5, k_heads, per, width,
-        max(16, triton.next_power_of_2(per)), max(16, triton.next_power_of_2(width)), 64)
+        max(16, triton.next_power_of_2(per)), max(16, triton.next_power_of_2(width)), 64,
+        "ieee" if q.dtype == torch.float32 else "tf32")              # bf16 is exact in tf32
     return out
 
 
@@ -250,8 +253,6 @@ def sample(logits, banned, scale, noise, keys):
     tokens = (logits + noise * gumbel(keys, logits.shape[1])).argmax(-1)
     return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
-
-# ----------------------------------------------------------------------------- token log-probs
 
 CHUNK = 1 << 24                      # logits held at a time: 64 MiB in fp32
 
@@ -328,7 +329,9 @@ class Sampler:
     def __init__(self, model, banned, stop, dtype=None, look_every=None, capture=True):
         self.source = self.model = model
         if dtype is not None and dtype != next(model.parameters()).dtype:
-            self.model = copy.deepcopy(model).to(dtype).requires_grad_(False)
+            self.model = copy.deepcopy(model).requires_grad_(False)
+            for weight in self.model.parameters():       # not the buffers: rope needs fp32
+                weight.data = weight.data.to(dtype)
         self.device = next(model.parameters()).device
         self.capture = capture and self.device.type == "cuda"
         self.banned, self.stop = banned.to(self.device), stop

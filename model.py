@@ -103,6 +103,7 @@ class Vision(nn.Module):
         self.post_layernorm = nn.LayerNorm(D, c.layer_norm_eps)
 
     def forward(self, pixels):                                                 # (B, 3, S, S)
+        pixels = pixels.type_as(self.post_layernorm.weight)
         x = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, P, D)
         x = x + self.embeddings.position_embedding.weight
         for layer in self.encoder.layers:
@@ -198,8 +199,6 @@ def attention(q, k, v, mask=None):
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
     return out.transpose(1, 2)
 
-
-# ----------------------------------------------------------------------------------------- VLM
 
 class VLM(nn.Module):
     """A vision-language model. `raw` is its config.json."""
@@ -321,7 +320,6 @@ def write_text(path, text):
 
 
 def write_tensors(path, tensors, metadata=None):
-    """Atomic too."""
     temporary = f"{path}.new"
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, temporary, metadata or {"format": "pt"})

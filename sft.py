@@ -81,8 +81,6 @@ class Config(RunConfig):
     keep: str = option("", "steps after which the model is also kept as OUT/step-N, e.g. 300,600")
 
 
-# -------------------------------------------------------------------------------------- a run
-
 class Run:
     """What imitation and exploration share. Every draw (data order, sampler noise) is a function of
     (seed, step): weights, optimizer state and the step are all there is to keep."""
@@ -109,8 +107,8 @@ class Run:
         for name in sorted(set(stored) & set(options) - {"resume", "device", "save_every"}):
             if stored[name] != options[name]:
                 sys.exit(f"error: --{name.replace('_', '-')}: the run in {self.out} has "
-                         f"{stored[name]!r}, now {options[name]!r}; give the same, or choose another "
-                         "--out")
+                         f"{stored[name]!r}, now {options[name]!r}; give the same or "
+                         "choose another --out")
         (self.out / "training").mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(options, indent=1))
         if self.config.resume and self.state.exists():
@@ -265,8 +263,6 @@ def pick(count, batch, step, seed):
     order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=order)[place * batch:(place + 1) * batch].tolist()
 
-
-# ------------------------------------------------------------------------------------ the loop
 
 def main(c):
     c.out = c.out or f"runs/{c.stage}"
