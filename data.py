@@ -135,7 +135,7 @@ def pick_phrase(rng, things, kind):
     """A noun phrase, four times in five one that the table holds."""
     colour, shape, *_ = rng.choice(things)
     if rng.random() < 0.2:
-        colour, shape = rng.choice(KNOWN)     # an ood pair would always count 0 in training
+        colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
     return {"shape": shape, "colour": f"{colour} shape", "pair": f"{colour} {shape}"}[kind]
 
 

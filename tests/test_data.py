@@ -50,8 +50,7 @@ def worth(question, family, scene):
     a, b = [*map(len, found), 0][:2]
     x, y = [*map(int, re.findall(r"\d+", text)), 0, 0][:2]
     return {"count": str(a), "sum": str(a + b), "cost": str(a * x + b * y),
-            "difference": str(b - a if "take" in text else a - b),
-            "comparison": "yes" if a > b else "no"}[family]
+            "difference": str(a - b), "comparison": "yes" if a > b else "no"}[family]
 
 
 def test_example_is_a_function_of_its_name():
@@ -94,12 +93,6 @@ def test_splits():
     assert data.bucket(scene[::-1]) == data.bucket([t._replace(box=()) for t in scene])
     for a, b in itertools.combinations(("train", "val", "test"), 2):
         assert not {data.bucket(e.scene) for e in seen[a]} & {data.bucket(e.scene) for e in seen[b]}
-
-
-def test_training_never_names_held_out_pairs():
-    """Asking how many red triangles there are where none can be teaches «none», for ood too."""
-    for e in BASE + [data.world_example("train", i) for i in range(0, 6000, 6)]:
-        assert not [p for p in data.HELD_OUT if " ".join(p) in e.question + e.response], e.id
 
 
 def test_text_is_test_in_words():
@@ -257,6 +250,8 @@ LAYOUTS = {     # tool: row, question, answer, response
     "trl completion": (dict(images=["a.png"], prompt=[USER], completion=[told(THREE, "assistant")]),
                        Q, "3", THREE),
     "trl text": (dict(prompt="1 + 2?", completion=THREE), "1 + 2?", "3", THREE),
+    "trl twice": (dict(prompt="?", completion=f"{SPACED}? 4. <answer>4</answer>"), "?", "4",
+                  f"{SPACED}? 4. <answer>4</answer>"),
     "trl grpo": (dict(prompt=[PARTS], image="a.png", solution="3"), Q, "3", THREE),
     "ours": (dict(id="x", image="a.png", question=PLAIN, answer="3", rationale="1, 2",
                   choices=["2", 3]), Q + "\n(A) 2\n(B) 3", "3", COT + THREE),
