@@ -154,8 +154,8 @@ def policy_loss(logprob, old, sampled, reference, advantage, mask, c):
     return aggregate(loss, mask, c.aggregation, c.max_new_tokens)
 
 
-# The rollouts of a step, row r answers question r // G: B examples, Rollouts, R dicts of reward parts
-# (None: no verdict), rewards (B, G), mask of tokens in the loss (R, N), advantage (R, 1), seconds
+# The rollouts of a step, row r answers question r // G: B examples, Rollouts, R dicts of reward
+# parts (None: no verdict), rewards (B, G), mask of the loss (R, N), advantage (R, 1), seconds
 Experience = namedtuple("Experience", "examples rollouts parts rewards mask advantage seconds")
 
 

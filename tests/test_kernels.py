@@ -1,4 +1,5 @@
 """Kernels against fp64, token log-probs against autograd, the sampler against the trainer."""
+import copy
 import math
 import os
 import pathlib
@@ -152,16 +153,12 @@ def fits(counts, expected):
     return statistic < freedom * (1 - part + 3.72 * math.sqrt(part)) ** 3
 
 
-@pytest.mark.parametrize("kind", ["prompts", "steps", "group", "batch"])
+@pytest.mark.parametrize("first", [0, -2 ** 31, 123456789])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @torch.no_grad()
-def test_samples_follow_the_softmax(kind, temperature):
-    """Trap 1: tokens follow the softmax at T without banned ids, each independent of the last."""
-    n, mix = torch.arange(DRAWS, dtype=torch.int32, device=DEVICE), kernels.mix
-    seed, member, step = {
-        "prompts": (n, 0 * n, 0 * n), "steps": (0 * n + 7, 0 * n, n),
-        "group": (0 * n, n, 0 * n + 3), "batch": (n // 400, n % 20, n // 20 % 20)}[kind]
-    keys = mix(mix(mix(seed) ^ mix(member + 0x5EED)) ^ mix(step))
+def test_samples_follow_the_softmax(first, temperature):
+    """Trap 1: tokens follow the softmax at T without banned ids, even for keys in a row."""
+    keys = torch.arange(DRAWS, dtype=torch.int32, device=DEVICE) + first
     logits, banned = random(12), torch.zeros(12, dtype=torch.bool, device=DEVICE)
     logits[3], banned[[3, 8]] = 9.0, True
     tokens, _ = kernels.sample(logits.expand(DRAWS, -1), banned, *switches(temperature), keys)
@@ -310,7 +307,9 @@ def sampler_of(vlm, **options):
 @torch.no_grad()
 def test_sampled_is_what_is_trained(vlm, dtype, temperature, most, mean):
     """Traps 1 and 3: T or banned ids on one side only. A bf16 copy once rounded rope with it."""
-    r = sampler_of(vlm, dtype=dtype).generate(vlm.batch, 8, 12, temperature, vlm.seeds)
+    sampler, place = sampler_of(vlm, dtype=dtype), torch.tensor([999], device=DEVICE)
+    close(*(m.model.text_model.rope(place)[0] for m in (sampler.model, vlm.model)))
+    r = sampler.generate(vlm.batch, 8, 12, temperature, vlm.seeds)
     logprobs, _ = vlm.model.score(vlm.batch, r.ids, r.mask, 8, vlm.banned, temperature)
     gap = (logprobs - r.logprobs)[r.mask].abs()
     assert gap.max() < most and gap.mean() < mean
@@ -340,6 +339,20 @@ def test_tokens_depend_on_the_seed_alone(vlm):
         assert group[:2] == sampler.generate(batch, 2, 12, 1.0, vlm.seeds[i:i + 1]).rows()
 
 
+def test_draws_are_independent(vlm):
+    """A key without the step, the place in the group or the seed says the same thing twice."""
+    model, free = copy.deepcopy(vlm.model), (~vlm.banned).nonzero()[:8, 0]
+    model.lm_head.weight.data.zero_()
+    banned = torch.ones_like(vlm.banned).index_fill(0, free, False)
+    ids = kernels.Sampler(model, banned, -1).generate(vlm.batch, 80, 60).ids
+    draws = torch.searchsorted(free, ids).view(4, 80, 60)
+    assert fits(draws.flatten().bincount(minlength=8), torch.full((8,), 2400.0, device=DEVICE))
+    for x, y in ((draws[1:], draws[:-1]), (draws[:, 1:], draws[:, :-1]),
+                 (draws[:, :, 1:], draws[:, :, :-1])):
+        pairs = (x * 8 + y).flatten().bincount(minlength=64)
+        assert fits(pairs, torch.full((64,), x.numel() / 64, device=DEVICE))
+
+
 def test_the_end_mark_is_the_last_token_that_counts(vlm):
     """Trap 2: a mask that drops the end mark trains a model that never stops; also at the limit."""
     r = sampler_of(vlm).generate(vlm.batch, 8, 12, 1.0, vlm.seeds)
@@ -365,14 +378,16 @@ def addresses(sampler):
 def test_finished_rows_write_nothing_and_buffers_stay(vlm):
     """Trap 13: leftovers of a wide batch, or of finished rows, that the next batch attends to."""
     sampler, fresh = sampler_of(vlm), sampler_of(vlm)
-    wide = sampler.generate(vlm.batch, 8, 12)
+    padded = torch.nn.functional.pad(vlm.batch.ids, (0, 64))
+    wide = sampler.generate(data.Batch(padded, vlm.batch.lengths, vlm.batch.pixels), 8, 12)
     ends = vlm.batch.lengths.repeat_interleave(8) - 1 + wide.lengths
     beyond = torch.arange(sampler.room, device=DEVICE) >= ends[:, None]
     for part in (x for pair in sampler.cache for x in pair):
         assert not part[beyond].any() and part[~beyond].flatten(1).any(1).all()
     before = addresses(sampler)
     got, expected = (s.generate(vlm.alone[3], 32, 12, 1.0, vlm.seeds[:1]) for s in (sampler, fresh))
-    assert before == addresses(sampler) and (expected.lengths < wide.lengths).any()
+    assert before == addresses(sampler) and sampler.room > fresh.room
+    assert (expected.lengths < wide.lengths).any()
     assert torch.equal(got.ids, expected.ids)
     close(got.logprobs, expected.logprobs)
 
@@ -401,7 +416,7 @@ def test_step_can_be_captured(vlm):
     sampler.start(vlm.batch, 2, 1.0, vlm.seeds.to(DEVICE))
     before, weights = addresses(sampler), [p.clone() for p in vlm.model.parameters()]
     with Watch() as watch:
-        for _ in range(12):
+        for _ in range(15):                      # three more than there are tokens
             sampler.step(sampler.room)
     assert watch.seen > 100 and before == addresses(sampler)
     assert torch.equal(sampler.ids, expected.ids) and torch.equal(sampler.count, expected.lengths)
