@@ -217,8 +217,8 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """Layers start as the identity, tokens as large as pieces of picture: else the residual
-        stream forgets its token, and attention by content comes many times later."""
+        """Layers start as the identity and tokens as large as pieces of picture, so that the
+        residual stream still knows its token when attention by content is to be learnt."""
         nn.init.normal_(self.model.text_model.embed_tokens.weight, std=0.6)
         for table in (self.lm_head, self.model.vision_model.embeddings.position_embedding):
             nn.init.normal_(table.weight, std=0.02)
