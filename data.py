@@ -135,7 +135,7 @@ def pick_phrase(rng, things, kind):
     """A noun phrase, four times in five one that the table holds."""
     colour, shape, *_ = rng.choice(things)
     if rng.random() < 0.2:
-        colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+        colour, shape = rng.choice(KNOWN)
     return {"shape": shape, "colour": f"{colour} shape", "pair": f"{colour} {shape}"}[kind]
 
 
@@ -172,9 +172,14 @@ def ask_pair(rng, things, family):
     return fill, [count_step(a, n), count_step(b, m), *end], str(answer)
 
 
+def singles(things):
+    """The things that are the only ones of their kind."""
+    return [t for t in things if len(matching(things, f"{t.colour} {t.shape}")) == 1]
+
+
 def ask_location(rng, things, family):
     """None where nothing on the table is the only one of its kind."""
-    single = [t for t in things if len(matching(things, f"{t.colour} {t.shape}")) == 1]
+    single = singles(things)
     if not single:
         return None
     thing = rng.choice(single)
@@ -305,12 +310,13 @@ def base_example(index):
     scene, images = example.scene, [] if kind == "text" else example.images
     if kind == "text":
         question = f"The table: {describe(scene)} {question}"
-    elif kind == "caption":
-        question, response = "Describe the table.", describe(scene)
     elif kind == "counts":
         question, response = list_counts(rng, scene)
+    elif kind == "caption" or kind == "boxes" and not singles(scene):
+        question, response = "Describe the table.", describe(scene)
     elif kind == "boxes":
-        some = [(f"{t.colour} {t.shape}", t.box) for t in rng.sample(scene, min(3, len(scene)))]
+        single = singles(scene)
+        some = [(f"{t.colour} {t.shape}", t.box) for t in rng.sample(single, min(3, len(single)))]
         question = f"Box {', '.join(name for name, _ in some)}."
         response = " ".join(f"{name}: {list(box)}." for name, box in some)
     question = IMAGE * len(images) + question

@@ -140,6 +140,16 @@ def corrupt(sentence):
     return re.sub(r"\d+(?=\D*$)", lambda number: str(int(number[0]) + 1), sentence)
 
 
+def test_training_never_names_held_out_pairs():
+    """Pictures never showed them, but two base examples in a hundred counted «red triangles: 0»:
+    a model so taught to answer 0 cannot be asked about them out of distribution."""
+    names = {f"{colour} {shape}" for colour, shape in data.HELD_OUT}
+    for example in [data.base_example(i) for i in range(1500)] + list(data.World("train"))[:600]:
+        assert not any(name in example.question + example.response for name in names)
+        boxed = re.findall(r"\w+ \w+(?=[,.])", example.question.partition("Box ")[2])
+        assert len(set(boxed)) == len(boxed)
+
+
 @pytest.mark.parametrize("style", ["canonical", "verbose"])
 @pytest.mark.parametrize("split", ["train", "ood"])
 def test_rationales_are_true_and_lies_are_found(style, split):
