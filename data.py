@@ -421,9 +421,16 @@ def row_turns(row, where):
 
 
 def strip_answer(text):
-    """What stands in the last <answer> tags, else the text without its <think> part."""
+    """What stands in the last <answer> tags, else the text without its <think> part; where that
+    has a \\boxed{...}, what stands in the last one."""
     found = re.findall(r"<answer>(.*?)</answer>", text, re.S)
-    return (found[-1] if found else re.sub(r"<think>.*?</think>", "", text, flags=re.S)).strip()
+    text = found[-1] if found else re.sub(r"<think>.*?(?:</think>|$)", "", text, flags=re.S)
+    inside, depth = text.rpartition("\\boxed{")[2] if "\\boxed{" in text else "", 1
+    for i, letter in enumerate(inside):
+        depth += (letter == "{") - (letter == "}")
+        if depth == 0:
+            return inside[:i].strip()
+    return text.strip()
 
 
 def row_answer(row, response, where):
@@ -568,25 +575,45 @@ def image_tiles(image, tile, longest_edge):
     return tiles + [image.resize((tile, tile), LANCZOS)], rows, columns
 
 
-# transformers' arithmetic, for each of the 256 values: /255 in fp64, then fp32 (x - 0.5) / 0.5
-PIXEL = ((numpy.arange(256) * (1 / 255)).astype(numpy.float32) - numpy.float32(0.5)) / 0.5
+def smart_resize(width, height, factor, most):
+    """Qwen2-VL: both sides to multiples of factor, the area between 4 factor² and `most`."""
+    if max(width, height) > 200 * min(width, height):
+        raise DataError(f"a picture of {width}x{height}: Qwen2-VL takes no side over 200 times "
+                        "the other; crop it or remove the row")
+    sides, least = [round(side / factor) * factor for side in (width, height)], 4 * factor ** 2
+    if sides[0] * sides[1] > most:
+        scale = math.sqrt(width * height / most)
+        sides = [max(factor, math.floor(s / scale / factor) * factor) for s in (width, height)]
+    elif sides[0] * sides[1] < least:
+        scale = math.sqrt(least / (width * height))
+        sides = [math.ceil(side * scale / factor) * factor for side in (width, height)]
+    return sides
 
 
-def pixel_tensor(tiles):
-    """[PIL] -> (N, 3, S, S) in -1..1."""
-    array = numpy.stack([numpy.asarray(tile) for tile in tiles]).transpose(0, 3, 1, 2)
-    return torch.from_numpy(PIXEL.astype(numpy.float32)[array])
+def pixel_array(image, mean, std):
+    """PIL -> (3, H, W); transformers' arithmetic: /255 in fp64, then (x - mean) / std in fp32."""
+    values = (numpy.arange(256) * (1 / 255)).astype(numpy.float32)[:, None]
+    table = (values - numpy.float32(mean)) / numpy.float32(std)               # (256, 3)
+    return table[numpy.asarray(image), numpy.arange(3)].transpose(2, 0, 1)
 
 
 @dataclass
 class Batch:
-    """B prompts, padded on the right, and the tiles of all their pictures in reading order."""
+    """B prompts, padded on the right, and all their pictures in reading order."""
     ids: torch.Tensor                # (B, T)
     lengths: torch.Tensor            # (B,)
-    pixels: torch.Tensor             # (N, 3, S, S)
+    positions: torch.Tensor          # (B, T, 3) time, row, column: alike but in Qwen's pictures
+    pixels: torch.Tensor             # tiles (N, 3, S, S), or Qwen's patches (N, 3 * 2 * 14 * 14)
+    grids: torch.Tensor              # (pictures, 2) rows and columns of image tokens, Qwen's alone
 
     def to(self, device):
         return Batch(*(value.to(device) for value in vars(self).values()))
+
+    def widen(self, extra):
+        """The same with room for more tokens in every row; positions count on."""
+        more = torch.arange(1, extra + 1, device=self.ids.device)[:, None]
+        positions = torch.cat([self.positions, self.positions[:, -1:] + more], 1)
+        return replace(self, ids=torch.nn.functional.pad(self.ids, (0, extra)), positions=positions)
 
 
 def pad_rows(rows, pad, width=None):
@@ -596,27 +623,69 @@ def pad_rows(rows, pad, width=None):
     return torch.tensor([row + [pad] * (width - len(row)) for row in rows]), lengths
 
 
-class Processor:
-    """Tokenizer and picture geometry of one checkpoint: all that stands between text and ids."""
+def rope_positions(ids, image, grids):
+    """M-RoPE (Qwen2-VL, section 2.1): text counts on in all three; the tokens of a picture share a
+    time and have its rows and columns; what follows starts at the largest. (T,) -> (T, 3)"""
+    positions = torch.arange(len(ids))[:, None].repeat(1, 3)
+    starts = ((ids == image) & (ids.roll(1) != image)).nonzero()[:, 0].tolist()
+    for start, (rows, columns) in zip(starts, grids):
+        step = torch.arange(rows * columns)
+        inside = torch.stack([step * 0, step // columns, step % columns], 1)
+        positions[start + len(step):] += max(rows, columns) - len(step)
+        positions[start:start + len(step)] = positions[start] + inside
+    return positions
 
-    def __init__(self, tokenizer, tile, image_tokens, longest_edge=None):
-        self.tokenizer, self.tile, self.longest_edge = tokenizer, tile, longest_edge or tile
-        self.stop, self.image, pad = map(tokenizer.token_to_id, (STOP, IMAGE, PAD))
-        self.image_tokens, self.pad = image_tokens, 2 if pad is None else pad
+
+# What a run says around a question and how finely it looks; stored with its checkpoint. The
+# answer format: tags or boxed. The longest edge of a picture in pixels; 0: what the model takes.
+PROMPT = dict(system="", instruction="", answer_format="tags", longest_edge=0)
+
+
+class Processor:
+    """All that stands between text and ids for one checkpoint; here SmolVLM's and Idefics3's.
+    files: {name: text}, what other programs read of it; kept as it came."""
+    IMAGE, STOP, PAD, LEAD = IMAGE, STOP, PAD, " "
+    MEAN = STD = (0.5, 0.5, 0.5)
+
+    def __init__(self, tokenizer, tile, image_tokens, prompt=None, files=None):
+        self.tokenizer, self.tile, self.image_tokens = tokenizer, tile, image_tokens
+        self.style, self.files = PROMPT | (prompt or {}), files or {}
+        self.stop, self.image, pad = map(tokenizer.token_to_id, (self.STOP, self.IMAGE, self.PAD))
+        self.pad = 2 if pad is None else pad
+
+    @property
+    def longest_edge(self):
+        return self.style["longest_edge"] or self.tile
+
+    def preprocessing(self):
+        """What preprocessor_config.json has to say of the size of pictures."""
+        return dict(size={"longest_edge": self.longest_edge},
+                    do_image_splitting=self.longest_edge > self.tile)
+
+    def picture(self, image):
+        """-> its place in the prompt, [pixels (1, 3, S, S)], [its grid, where positions need it]"""
+        tiles, rows, columns = image_tiles(image, self.tile, self.longest_edge)
+        one, text = self.IMAGE * self.image_tokens, ""
+        for row in range(1, rows + 1):
+            text += "".join(f"{AROUND}<row_{row}_col_{column}>{one}"
+                            for column in range(1, columns + 1)) + "\n"
+        text += "\n" * (rows > 0) + f"{AROUND}{GLOBAL}{one}{AROUND}"
+        return text, [pixel_array(tile, self.MEAN, self.STD)[None] for tile in tiles], []
+
+    def template(self, system, text):
+        system = f"System: {system}{STOP}\n" if system else ""
+        return f"{START}{system}User:{'' if text.startswith(AROUND) else ' '}{text}{STOP}\nAssistant:"
 
     def prompt(self, example):
-        """-> (prompt text with expanded pictures, tiles)."""
-        (text, *parts), tiles, one = example.question.split(IMAGE), [], IMAGE * self.image_tokens
-        for picture, part in zip(example.pictures(), parts):
-            some, rows, columns = image_tiles(picture, self.tile, self.longest_edge)
-            tiles += some
-            for row in range(1, rows + 1):
-                text += "".join(f"{AROUND}<row_{row}_col_{column}>{one}"
-                                for column in range(1, columns + 1)) + "\n"
-            text += "\n" * (rows > 0) + f"{AROUND}{GLOBAL}{one}{AROUND}{part}"
-        system = f"System: {example.system}{STOP}\n" if example.system else ""
-        space = "" if example.question.startswith(IMAGE) else " "
-        return f"{START}{system}User:{space}{text}{STOP}\nAssistant:", tiles
+        """-> (prompt text with expanded pictures, their pixels, their grids)."""
+        (text, *parts), pixels, grids = example.question.split(IMAGE), [], []
+        for image, part in zip(example.pictures(), parts):
+            place, some, grid = self.picture(image)
+            text += place + part
+            pixels += some
+            grids += grid
+        text += f"\n{self.style['instruction']}" if self.style["instruction"] else ""
+        return self.template(example.system or self.style["system"], text), pixels, grids
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -627,17 +696,54 @@ class Processor:
 
     def response_ids(self, text):
         """What a model should say, its end mark included: the last token that counts."""
-        return self.encode(" " + text) + [self.stop]
+        if self.style["answer_format"] == "boxed":
+            text = re.sub(r"<answer>(.*?)</answer>", r"\\boxed{\1}", text, flags=re.S)
+        return self.encode(self.LEAD + text) + [self.stop]
 
     def batch(self, examples):
-        texts, tiles = zip(*(self.prompt(example) for example in examples))
-        tiles = [tile for some in tiles for tile in some]
+        texts, pixels, grids = zip(*(self.prompt(example) for example in examples))
         ids, lengths = pad_rows([self.encode(text) for text in texts], self.pad)
-        pixels = pixel_tensor(tiles) if tiles else torch.zeros(0, 3, self.tile, self.tile)
-        return Batch(ids, lengths, pixels)
+        positions = torch.stack([rope_positions(*row) for row in zip(ids, [self.image] * len(ids),
+                                                                     grids)])
+        arrays = [array for some in pixels for array in some]
+        pixels = torch.from_numpy(numpy.concatenate(arrays)) if arrays else torch.zeros(0)
+        grids = torch.tensor([grid for some in grids for grid in some]).long().view(-1, 2)
+        return Batch(ids, lengths, positions, pixels, grids)
 
     def banned(self, vocabulary):
         """(V,) True for ids that only prompts may hold, and for ids without a token."""
         added, size = self.tokenizer.get_added_tokens_decoder(), self.tokenizer.get_vocab_size()
-        special = {i for i, token in added.items() if token.special and i != self.stop}
-        return torch.tensor([i in special or i >= size for i in range(vocabulary)])
+        special = {i for i, token in added.items() if token.special} | {self.image}
+        return torch.tensor([i != self.stop and (i in special or i >= size)
+                             for i in range(vocabulary)])
+
+
+class QwenProcessor(Processor):
+    """Qwen2-VL's and Qwen2.5-VL's: a picture keeps its shape, one token sees 28x28 pixels."""
+    IMAGE, STOP, PAD, LEAD = "<|image_pad|>", "<|im_end|>", "<|endoftext|>", ""
+    MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def longest_edge(self):
+        return self.style["longest_edge"] or 512
+
+    def preprocessing(self):
+        least, most = 4 * self.tile ** 2, self.longest_edge ** 2
+        return dict(size=dict(shortest_edge=least, longest_edge=most), min_pixels=least,
+                    max_pixels=most)
+
+    def picture(self, image):
+        """Patches in 2x2 blocks, one for each image token; a still picture is two equal frames."""
+        width, height = smart_resize(*image.size, self.tile, self.longest_edge ** 2)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        rows, columns, patch = height // self.tile, width // self.tile, self.tile // 2
+        patches = pixel_array(image, self.MEAN, self.STD).reshape(
+            3, 1, rows, 2, patch, columns, 2, patch).repeat(2, 1)
+        patches = patches.transpose(2, 5, 3, 6, 0, 1, 4, 7).reshape(rows * columns * 4, -1)
+        place = f"<|vision_start|>{self.IMAGE * (rows * columns)}<|vision_end|>"
+        return place, [patches], [(rows, columns)]
+
+    def template(self, system, text):
+        turns = dict(system=system or "You are a helpful assistant.", user=text)
+        return "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n"
+                       for role, said in turns.items()) + "<|im_start|>assistant\n"

@@ -77,9 +77,34 @@ def run_script(main, Config, doc, argv=None):
 # ----------------------------------------------------------------------------------- the grader
 
 BOX = re.compile(r"\[\s*(-?\d+(?:\.\d+)?(?:\s*,\s*-?\d+(?:\.\d+)?){3})\s*\]")
-NUMBER = re.compile(r"([-+]?)\$?(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?(?:\s*/\s*(\d+))?\s*%?")
-FORMAT = re.compile(r"<think>(.+?)</think>\s*<answer>(.+?)</answer>", re.S)
-MAX_ANSWER = 200                     # characters; a longer «answer» is none
+FORMATS = {"tags": re.compile(r"<think>(.+?)</think>\s*<answer>(.+?)</answer>", re.S),
+           "boxed": re.compile(r"<think>(.+?)</think>\s*\\boxed\{(.+)\}", re.S)}
+MAX_ANSWER, MAX_DEPTH = 400, 20      # characters, brackets in brackets; more is no answer
+LARGEST = 10 ** 12                   # a larger number is compared as text
+LATEX = ((r"(?<=[0-9])(?:\\,|\{,\}|,\\!)(?=[0-9]{3})", ","),
+         (r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 "),
+         (r"\\(?:left|right|[!,;:()\[\] ])|\\?\$|~", " "))
+SPELLINGS = ((r"\^ ?\{? ?\\circ ?\}?|\\degree|[∘º]", "°"), (r"\\times|\\cdot|[×·⋅]", "*"),
+             (r"\\div|÷", "/"), ("[−–]", "-"), (r"\*\*", "^"), ("²", "^2"), ("³", "^3"),
+             ("√", " sqrt"), ("π", " pi"), (r"\\[dt]?(?=frac|sqrt|pi|arc|sin|cos|tan|%)", " "),
+             (r"\{", "("), (r"\}", ")"), (r"frac ?([0-9]) ?([0-9])", r"frac(\1)(\2)"),
+             ("arc(?=sin|cos|tan)", "a"),
+             (r"((?:sin|cos|tan) ?\(? ?)([0-9.]+) ?°", r"\1(\2*pi/180)"))
+NAME = re.compile(r"(?:m? ?(?:∠|\\?(?:angle|overline|sin|cos|tan)\b)? ?\{?"
+                  r"(?:[a-z]|\\[a-z]+|[A-Z](?: ?[A-Z]){0,3})\}?)? ?(?:=|≈|\\approx)")
+LITERAL = (r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?(?:e[-+]?[0-9]{1,2})?"
+           r"|\.[0-9]+")
+WORD = r"sqrt|frac|pi\b|a?(?:sin|cos|tan)|\("
+OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b,
+              "/": lambda a, b: a / b, "^": pow, "^-": lambda a, b: pow(a, -b)}
+UNIT = re.compile(r" ?(?:(square|sq|cubic)\.? ?)?([a-z]*|°|%)(?: ?\^ ?\(?([23])\)?)?[ .]*")
+UNITS = {word + end: words.split()[0] for end in ("", "s") for words in (
+    "mm millimeter millimetre,cm centimeter centimetre,m meter metre,km kilometer kilometre,"
+    "in inch inche,ft foot feet,yd yard,mi mile,° degree deg,% percent,rad radian,dollar,cent,"
+    "g gram,kg kilogram,lb pound,s second sec,min minute,h hour hr").split(",")
+    for word in words.split()} | {"": "", "unit": "", "units": ""}
+PLACES = dict(tenth=1, one=1, hundredth=2, two=2, thousandth=3, three=3) | dict.fromkeys(
+    "whole integer number degree unit meter centimeter kilometer inch foot yard mile".split(), 0)
 
 
 @dataclass
@@ -90,13 +115,114 @@ class Grade:
     steps: list = ()
 
 
+def combine(a, sign, b):
+    """One operation, exact while both sides are and the result is short."""
+    if "^" in sign and abs(b) > 20:
+        raise ValueError
+    value = OPERATIONS[sign](a, b)
+    if isinstance(value, complex) or not abs(value) <= LARGEST:
+        raise ValueError
+    return float(value) if getattr(value, "denominator", 1) > LARGEST ** 2 else value
+
+
+class Reader:
+    """Reads a number by recursive descent, as far as it goes; ValueError where there is none."""
+
+    def __init__(self, text):
+        self.text, self.at, self.depth = text, 0, 0
+
+    def take(self, pattern):
+        """Passes over what the pattern matches here -> that text, or None."""
+        found = re.compile(rf"\s*({pattern})").match(self.text, self.at)
+        self.at = found.end() if found else self.at
+        return found and found[1]
+
+    def sum(self):
+        value = self.product()
+        while sign := self.take("[-+]"):
+            value = combine(value, sign, self.product())
+        return value
+
+    def product(self):
+        """Factors with * or / or nothing between them: 2√3, 3(1 + π)."""
+        value = self.power()
+        while (sign := self.take(f"[*/]|(?={WORD})")) is not None:
+            value = combine(value, sign or "*", self.power())
+        return value
+
+    def power(self):
+        sign, value = self.take("[-+]"), self.atom()
+        if raised := self.take(r"\^-?"):
+            value = combine(value, raised, self.atom())
+        return combine(Fraction(0), sign or "+", value)
+
+    def atom(self):
+        """A literal, a bracket, π, or a word with its argument."""
+        self.depth += 1
+        word = self.take(f"{LITERAL}|{WORD}")
+        if word is None or self.depth > MAX_DEPTH:
+            raise ValueError
+        if word == "(":
+            value = self.sum()
+            if not self.take(r"\)"):
+                raise ValueError
+        elif word == "frac":
+            value = combine(self.atom(), "/", self.atom())
+        elif word == "sqrt":
+            order = self.take(r"\[[2-9]\]") or "[2]"
+            value = combine(self.atom(), "^", Fraction(1, int(order[1])))
+        elif word[0].isalpha():
+            value = math.pi if word == "pi" else getattr(math, word)(self.atom())
+        else:
+            value = Fraction(word.replace(",", ""))
+            mixed = word.isdigit() and self.take(r"frac\([0-9]+\)\([0-9]+\)|\s[0-9]+ ?/ ?[0-9]+")
+            value += Fraction(*map(int, re.findall("[0-9]+", mixed))) if mixed else 0
+        self.depth -= 1
+        return value
+
+
 def number(text):
-    """The value of an integer, decimal or fraction, or None."""
-    found = NUMBER.fullmatch(text.strip())
-    if not found or not (found[2] or found[3]) or found[4] and not int(found[4]):
+    """-> (value, unit) of a text that is one number and no more, else None. The value is a
+    Fraction where the text is exact (13/2, 6.5), a float where not (5√13)."""
+    if not re.search("[0-9π]|pi", text):
         return None
-    value = Fraction((found[2] or "0").replace(",", "") + (found[3] or ""))
-    return (-1 if found[1] == "-" else 1) * value / int(found[4] or 1)
+    text = NAME.sub("", text, 1) if NAME.match(text) else text
+    text = text.casefold()
+    for pattern, new in SPELLINGS:
+        text = re.sub(pattern, new, text)
+    reader = Reader(text)
+    try:
+        value = reader.sum()
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return None
+    found = UNIT.fullmatch(text[reader.at:])
+    unit = UNITS.get(found[2]) if found else None
+    power = found and (found[3] or {"square": 2, "sq": 2, "cubic": 3}.get(found[1], ""))
+    return None if unit is None else (value, unit and f"{unit}{power}")
+
+
+def near(given, wanted, gold, question):
+    """Whether a value is the gold one, as exactly as the question asks or the gold's form says."""
+    asked = re.search(r"nearest (\w+)|(\w+) decimal place", question.casefold())
+    places = asked and PLACES.get(asked[1] or asked[2])
+    if places is not None:
+        return len({math.floor(v * 10 ** places + Fraction(1, 2)) for v in (given, wanted)}) == 1
+    decimals, slack = re.search(r"\.([0-9]+)", gold), abs(wanted) * 1e-13
+    if isinstance(wanted, float) or pow(10, 99, wanted.denominator):
+        slack = abs(wanted) / 1000
+    elif decimals:
+        slack = min(Fraction(1, 2 * 10 ** len(decimals[1])), max(abs(given), abs(wanted)) / 100)
+    return abs(given - wanted) <= slack
+
+
+def same_number(answer, gold, question=""):
+    """Whether two texts are the same number; a unit may lack on one side, 50% is 50 and 0.5."""
+    given, wanted = number(answer), number(gold)
+    if not given or not wanted or given[1] and wanted[1] and given[1] != wanted[1]:
+        return False
+    units = given[1], wanted[1]
+    scale = {("%", ""): Fraction(1, 100), ("", "%"): 100}.get(units, 1)
+    return any(near(given[0] * by, wanted[0], gold, question) for by in {1, scale})
 
 
 def box(text):
@@ -113,44 +239,54 @@ def iou(a, b):
     return common / (sum(areas) - common) if common else 0.0
 
 
+def clean(text):
+    """The answer in a text, without the LaTeX around it, in one line."""
+    text = data.strip_answer(text)
+    for pattern, new in LATEX:
+        text = re.sub(pattern, new, text)
+    return " ".join(text.split())
+
+
 def plain(text):
-    """Words without case, outer punctuation or repeated space."""
-    return " ".join(text.casefold().split()).strip(" .,:;!?\"'`*")
+    """Words without case and outer punctuation."""
+    return text.casefold().strip(" .,:;!?\"'`*")
 
 
 def chosen(text, choices):
-    """The choice that a letter, a text, or a letter with its text speaks of, or None."""
+    """The choice that a letter, a text, both or a value speak of, or None."""
     texts = [plain(choice) for choice in choices]
     if plain(text) in texts:
         return texts.index(plain(text))
-    found = re.fullmatch(r"\(?([A-Za-z])(?:[).:]+\s*(.*)|)", text.strip(), re.S)
-    if not found:
-        return None
-    place = ord(found[1].upper()) - 65
-    fits = place < len(texts) and (not found[2] or plain(found[2]) == texts[place])
-    return place if fits else None
+    if found := re.fullmatch(r"\(?([A-Za-z])(?:[).:]+ ?(.*)|)", text):
+        place = ord(found[1].upper()) - 65
+        fits = place < len(texts) and (not found[2] or chosen(found[2], choices) == place)
+        return place if fits else None
+    equal = [i for i, choice in enumerate(choices) if same_number(text, choice)]
+    return equal[0] if len(equal) == 1 else None
 
 
-def is_right(answer, gold, choices=None):
+def is_right(answer, gold, choices=None, question=""):
     """Whether an answer equals the gold answer, by the kind of the gold answer."""
     if len(answer) > MAX_ANSWER:
         return False
+    answer, gold, *choices = [clean(text) for text in (answer, gold, *(choices or ()))]
     if choices:
         given = chosen(answer, choices)
         return given is not None and given == chosen(gold, choices)
     if box(gold):
         given = box(answer)
         return given is not None and iou(given, box(gold)) >= 0.5
-    if number(gold) is not None:
-        return number(answer.rstrip(" .")) == number(gold)
+    if number(gold):
+        return same_number(answer, gold, question)
     return plain(answer) == plain(gold) != ""
 
 
-def grade(response, example):
+def grade(response, example, answer_format="tags"):
     """response: text without its end mark."""
-    found = FORMAT.fullmatch(response.strip())
+    found, answer = FORMATS[answer_format].fullmatch(response.strip()), data.strip_answer(response)
     formatted = found is not None and not re.search(r"</?(think|answer)>", found[1] + found[2])
-    correct = is_right(data.strip_answer(response), example.answer, example.choices)
+    formatted = formatted and (answer_format == "tags" or answer == found[2].strip())
+    correct = is_right(answer, example.answer, example.choices, example.question)
     if example.scene is None:
         return Grade(correct, formatted)
     steps = data.check_steps(example.scene, found[1]) if formatted else []

@@ -12,14 +12,15 @@ of a prompt once, and every rollout starts with a `step` on that token; no first
 import argparse
 import copy
 import functools
+import importlib.util
 import json
 import pathlib
 import tempfile
-import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
 try:
     import triton
@@ -35,63 +36,70 @@ def widened(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def on_cuda(launch, reference):
+def on_cuda(launch):
     """Beside a torch reference: `launch` runs instead on CUDA when no gradient is needed."""
-    @functools.wraps(reference)
-    def choose(x, *rest):
-        return (launch if x.is_cuda and not torch.is_grad_enabled() else reference)(x, *rest)
-    choose.reference, choose.triton = reference, launch
-    return choose
+    def beside(reference):
+        @functools.wraps(reference)
+        def choose(x, *rest):
+            way = launch if x.is_cuda and not torch.is_grad_enabled() else reference
+            return way(x, *rest)
+        choose.reference, choose.triton = reference, launch
+        return choose
+    return beside
+
+
+def mix(x):
+    """A 32-bit hash (lowbias32) of int32 numbers: the same in torch and Triton, on every device."""
+    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ (x >> 15 & 0x1FFFF)) * (0x846CA68B - 2 ** 32)
+    return x ^ (x >> 16 & 0xFFFF)
 
 
 # ------------------------------------------------------------------------------------- kernels
 
 if triton:
-    @triton.jit
-    def rms_norm_kernel(x, delta, weight, total, normed, width, eps, HAS_DELTA: tl.constexpr,
-                        BLOCK: tl.constexpr):
-        row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-        inside = column < width
-        wide = tl.load(x + row * width + column, inside, 0.0).to(tl.float32)
-        if HAS_DELTA:
-            wide += tl.load(delta + row * width + column, inside, 0.0).to(tl.float32)
-            wide = wide.to(total.dtype.element_ty).to(tl.float32)    # rounded as it is stored
-            tl.store(total + row * width + column, wide, inside)
-        scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
-        gain = tl.load(weight + column, inside, 0.0).to(tl.float32)
-        unit = (wide * scale).to(normed.dtype.element_ty).to(tl.float32)
-        tl.store(normed + row * width + column, gain * unit, inside)
+    mix_kernel = triton.jit(mix)
 
     @triton.jit
-    def rotate_halves(x, row, cos, sin, HALF: tl.constexpr, BLOCK: tl.constexpr):
-        """-> the two halves of one head of width 2 * HALF at pointer x, rotated, in fp32."""
+    def load(pointer, inside):
+        """In fp32, zero outside."""
+        return tl.load(pointer, inside, 0.0).to(tl.float32)
+
+    @triton.jit
+    def rms_norm_kernel(x, delta, weight, total, normed, width, eps, BLOCK: tl.constexpr):
+        row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        at, inside = row * width + column, column < width
+        wide = load(x + at, inside) + load(delta + at, inside)
+        wide = wide.to(total.dtype.element_ty).to(tl.float32)        # rounded as it is stored
+        tl.store(total + at, wide, inside)
+        unit = wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+        unit = unit.to(normed.dtype.element_ty).to(tl.float32)
+        tl.store(normed + at, load(weight + column, inside) * unit, inside)
+
+    @triton.jit
+    def rotated(x, cos, sin, E: tl.constexpr, BLOCK: tl.constexpr):
+        """-> the head of width E at pointer x, turned by the angles at cos and sin."""
         at = tl.arange(0, BLOCK)
-        inside = at < HALF
-        left = tl.load(x + at, inside, 0.0).to(tl.float32)
-        right = tl.load(x + HALF + at, inside, 0.0).to(tl.float32)
-        c = tl.load(cos + row * 2 * HALF + at, inside, 0.0).to(tl.float32)
-        s = tl.load(sin + row * 2 * HALF + at, inside, 0.0).to(tl.float32)
-        return left * c - right * s, right * c + left * s
+        inside, left = at < E, at < E // 2
+        turned = load(x + tl.where(left, at + E // 2, at - E // 2), inside)
+        turned = tl.where(left, -turned, turned)
+        return load(x + at, inside) * load(cos + at, inside) + turned * load(sin + at, inside)
 
     @triton.jit
     def rotary_cache_kernel(q, k, v, cos, sin, keys, values, slots, done, out, room,
-                            H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+                            H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
                             BLOCK: tl.constexpr):
         row, head, at = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
-        inside = at < HALF
+        cos += row * E
+        sin += row * E
         if head < H:
-            base = (row * H + head) * 2 * HALF
-            left, right = rotate_halves(q + base, row, cos, sin, HALF, BLOCK)
-            tl.store(out + base + at, left, inside)
-            tl.store(out + base + HALF + at, right, inside)
+            q_at = (row * H + head) * E
+            tl.store(out + q_at + at, rotated(q + q_at, cos, sin, E, BLOCK), at < E)
         elif tl.load(done + row) == 0:             # a finished row writes nothing
-            base = (row * K + head - H) * 2 * HALF
-            slot = ((row * room + tl.load(slots + row)) * K + head - H) * 2 * HALF
-            left, right = rotate_halves(k + base, row, cos, sin, HALF, BLOCK)
-            tl.store(keys + slot + at, left, inside)
-            tl.store(keys + slot + HALF + at, right, inside)
-            tl.store(values + slot + at, tl.load(v + base + at, inside, 0.0), inside)
-            tl.store(values + slot + HALF + at, tl.load(v + base + HALF + at, inside, 0.0), inside)
+            k_at = (row * K + head - H) * E
+            slot = ((row * room + tl.load(slots + row)) * K + head - H) * E + at
+            tl.store(keys + slot, rotated(k + k_at, cos, sin, E, BLOCK), at < E)
+            tl.store(values + slot, load(v + k_at + at, at < E), at < E)
 
     @triton.jit
     def decode_attention_kernel(q, keys, values, lengths, out, room, scale, K: tl.constexpr,
@@ -99,73 +107,59 @@ if triton:
                                 WIDTH: tl.constexpr, BLOCK: tl.constexpr,
                                 PRECISION: tl.constexpr):
         row, k_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        head, e, at = tl.arange(0, HEADS), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
-        q_at = ((row * K + k_head) * PER + head[:, None]) * E + e[None, :]
-        q_in = (head[:, None] < PER) & (e[None, :] < E)
-        query = tl.load(q + q_at, q_in, 0.0).to(tl.float32)
-        best = tl.full((HEADS,), -1e30, tl.float32)
-        total = tl.zeros((HEADS,), tl.float32)
-        mixed = tl.zeros((HEADS, WIDTH), tl.float32)
-        length = tl.load(lengths + row)
+        head, e, at = tl.arange(0, HEADS)[:, None], tl.arange(0, WIDTH)[None], tl.arange(0, BLOCK)
+        q_at = ((row * K + k_head) * PER + head) * E + e
+        query = load(q + q_at, (head < PER) & (e < E))
+        best, total = tl.full((HEADS, 1), -1e30, tl.float32), tl.zeros((HEADS, 1), tl.float32)
+        mixed, length = tl.zeros((HEADS, WIDTH), tl.float32), tl.load(lengths + row)
         for start in range(0, length, BLOCK):
             slot = start + at
-            cache = ((row * room + slot[:, None]) * K + k_head) * E + e[None, :]
-            inside = (slot[:, None] < length) & (e[None, :] < E)
-            key = tl.load(keys + cache, inside, 0.0).to(tl.float32)
+            cache = ((row * room + slot[:, None]) * K + k_head) * E + e
+            inside = (slot[:, None] < length) & (e < E)
+            key, value = load(keys + cache, inside), load(values + cache, inside)
             score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-            score = tl.where(slot[None, :] < length, score, -1e30)
-            higher = tl.maximum(best, tl.max(score, 1))
-            part = tl.exp(score - higher[:, None])
-            shrink = tl.exp(best - higher)
-            value = tl.load(values + cache, inside, 0.0).to(tl.float32)
-            mixed = mixed * shrink[:, None] + tl.dot(part, value, input_precision=PRECISION)
-            total = total * shrink + tl.sum(part, 1)
+            score = tl.where(slot[None] < length, score, -1e30)
+            higher = tl.maximum(best, tl.max(score, 1, keep_dims=True))
+            part, shrink = tl.exp(score - higher), tl.exp(best - higher)
+            mixed = mixed * shrink + tl.dot(part, value, input_precision=PRECISION)
+            total = total * shrink + tl.sum(part, 1, keep_dims=True)
             best = higher
-        tl.store(out + q_at, (mixed / total[:, None]).to(out.dtype.element_ty), q_in)
-
-    @triton.jit
-    def mix_kernel(x):
-        x = (x ^ (x >> 16)) * 0x7FEB352D
-        x = (x ^ (x >> 15)) * 0x846CA68B
-        return x ^ (x >> 16)
+        tl.store(out + q_at, mixed / total, (head < PER) & (e < E))
 
     @triton.jit
     def sample_kernel(logits, banned, scale, noise, keys, tokens, logprobs, vocabulary,
                       BLOCK: tl.constexpr):
         row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-        key = tl.load(keys + row).to(tl.uint32)
-        factor, loud = tl.load(scale), tl.load(noise)
-        best, token, chosen, top, total = -float("inf"), 0, 0.0, -1e30, 0.0
+        key, factor, loud = tl.load(keys + row), tl.load(scale), tl.load(noise)
+        best, token, top, total = -float("inf"), 0, -1e30, 0.0
+        logits += row * vocabulary
         for start in range(0, vocabulary, BLOCK):
             word = start + at
-            inside = word < vocabulary
-            logit = tl.load(logits + row * vocabulary + word, inside, 0.0).to(tl.float32) * factor
-            logit = tl.where(tl.load(banned + word, inside, 1) != 0, -1e30, logit)
+            logit = load(logits + word, word < vocabulary) * factor
+            logit = tl.where(tl.load(banned + word, word < vocabulary, 1) != 0, -1e30, logit)
             higher = tl.maximum(top, tl.max(logit, 0))
             total = total * tl.exp(top - higher) + tl.sum(tl.exp(logit - higher), 0)
             top = higher
-            uniform = ((mix_kernel(key ^ mix_kernel(word.to(tl.uint32))) >> 9).to(tl.float32)
-                       + 0.5) * 1.1920928955078125e-07
+            bits = mix_kernel(key ^ mix_kernel(word)) >> 9 & 0x7FFFFF
+            uniform = (bits.to(tl.float32) + 0.5) * 2 ** -23
             score = logit - loud * tl.log(-tl.log(uniform))
             peak = tl.max(score, 0)
-            if peak > best:
-                best = peak
-                token = start + tl.argmax(score, 0)
-                chosen = tl.sum(tl.where(word == token, logit, 0.0), 0)
+            token = tl.where(peak > best, start + tl.argmax(score, 0), token)
+            best = tl.maximum(best, peak)
         tl.store(tokens + row, token)
-        tl.store(logprobs + row, chosen - top - tl.log(total))
+        tl.store(logprobs + row, load(logits + token, token >= 0) * factor - top - tl.log(total))
 
 
 def rms_norm_triton(x, delta, weight, eps):
-    width, x = x.shape[-1], x.contiguous()
-    total, normed = (x if delta is None else torch.empty_like(x)), torch.empty_like(x)
-    rms_norm_kernel[(x.numel() // width,)](
-        x, x if delta is None else delta.contiguous(), weight, total, normed, width, eps,
-        delta is not None, triton.next_power_of_2(width))
+    x, width = x.contiguous(), x.shape[-1]
+    delta = torch.zeros_like(x) if delta is None else delta.contiguous()
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    rms_norm_kernel[(x.numel() // width,)](x, delta, weight, total, normed, width, eps,
+                                           triton.next_power_of_2(width))
     return total, normed
 
 
-@functools.partial(on_cuda, rms_norm_triton)
+@on_cuda(rms_norm_triton)
 def rms_norm(x, delta, weight, eps):
     """x + delta, and its RMSNorm (fp32 inside). x, delta (..., D); delta None counts as zero."""
     x = x if delta is None else x + delta
@@ -182,16 +176,15 @@ def rotary(x, cos, sin):
 
 
 def rotary_cache_triton(q, k, v, cos, sin, keys, values, slots, done):
-    (rows, heads, width), k_heads, out = q.shape, k.shape[1], torch.empty_like(q)
-    half = width // 2
-    rotary_cache_kernel[(rows, heads + k_heads)](
-        q.contiguous(), k.contiguous(), v.contiguous(), cos.contiguous(), sin.contiguous(), keys,
-        values, slots, done, out, keys.stride(0) // keys.stride(1), heads, k_heads, half,
-        triton.next_power_of_2(half))
+    q, k, v, cos, sin = (x.contiguous() for x in (q, k, v, cos, sin))
+    (rows, H, E), K, out = q.shape, k.shape[1], torch.empty_like(q)
+    room = keys.stride(0) // keys.stride(1)          # of a window: that of its whole cache
+    rotary_cache_kernel[(rows, H + K)](q, k, v, cos, sin, keys, values, slots, done, out, room,
+                                       H, K, E, triton.next_power_of_2(E))
     return out
 
 
-@functools.partial(on_cuda, rotary_cache_triton)
+@on_cuda(rotary_cache_triton)
 def rotary_cache(q, k, v, cos, sin, keys, values, slots, done):
     """Rotates q and k, and writes k and v of each unfinished row r to its slot in the cache.
     q (R, H, E); k, v (R, K, E); cos, sin (R, E); keys, values (R, S, K, E); slots, done (R,)."""
@@ -202,16 +195,16 @@ def rotary_cache(q, k, v, cos, sin, keys, values, slots, done):
 
 
 def decode_attention_triton(q, keys, values, lengths):
-    (rows, heads, width), k_heads, out = q.shape, keys.shape[2], torch.empty_like(q)
-    per, room = heads // k_heads, keys.stride(0) // keys.stride(1)   # of a window: its cache's
-    decode_attention_kernel[(rows, k_heads)](
-        q, keys, values, lengths, out, room, width ** -0.5, k_heads, per, width,
-        max(16, triton.next_power_of_2(per)), max(16, triton.next_power_of_2(width)), 64,
-        "ieee" if q.dtype == torch.float32 else "tf32")              # bf16 is exact in tf32
+    (rows, H, E), K, out = q.shape, keys.shape[2], torch.empty_like(q)
+    heads, width = (max(16, triton.next_power_of_2(n)) for n in (H // K, E))
+    precision = "ieee" if q.dtype == torch.float32 else "tf32"       # bf16 is exact in tf32
+    decode_attention_kernel[(rows, K)](
+        q, keys, values, lengths, out, keys.stride(0) // keys.stride(1), E ** -0.5, K, H // K, E,
+        heads, width, 64, precision)
     return out
 
 
-@functools.partial(on_cuda, decode_attention_triton)
+@on_cuda(decode_attention_triton)
 def decode_attention(q, keys, values, lengths):
     """One query per row against the first lengths[r] slots of its cache, heads grouped.
     q (R, H, E); keys, values (R, S, K, E); lengths (R,) -> (R, H, E)."""
@@ -219,13 +212,6 @@ def decode_attention(q, keys, values, lengths):
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     return F.scaled_dot_product_attention(q[:, :, None], keys, values, mask[:, None, None],
                                           enable_gqa=True)[:, :, 0]
-
-
-def mix(x):
-    """A 32-bit hash (lowbias32) of an int32 tensor: the same numbers on every device."""
-    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ (x >> 15 & 0x1FFFF)) * (0x846CA68B - 2 ** 32)
-    return x ^ (x >> 16 & 0xFFFF)
 
 
 def gumbel(keys, vocabulary):
@@ -244,7 +230,7 @@ def sample_triton(logits, banned, scale, noise, keys):
     return tokens, logprobs
 
 
-@functools.partial(on_cuda, sample_triton)
+@on_cuda(sample_triton)
 def sample(logits, banned, scale, noise, keys):
     """Draws from softmax(scale * logits) without the banned ids, by Gumbel arg-max in fp32.
     logits (R, V); banned (V,); scale, noise (1,): 1/T and 1, or 1 and 0 for the arg-max itself;
@@ -257,45 +243,54 @@ def sample(logits, banned, scale, noise, keys):
 CHUNK = 1 << 24                      # logits held at a time: 64 MiB in fp32
 
 
-class TokenLogprobs(torch.autograd.Function):
-    """log softmax(scale * h Wᵀ)[target] without ever holding (N, V): chunks, made again backward.
-    The head's gradient is summed over the chunks in fp32, whatever the type of its weight."""
+def chunk_logits(hidden, weight, banned, scale):
+    """-> pairs (slice of the rows, their logits at least in fp32), CHUNK numbers at a time."""
+    rows = max(1, CHUNK // len(weight))
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        logits = widened(hidden[part] @ weight.T) * scale
+        yield part, logits if banned is None else logits.masked_fill(banned, NEGATIVE)
 
-    @staticmethod
-    def logits(hidden, weight, banned, scale):
-        logits = widened(hidden @ weight.T) * scale
-        return logits if banned is None else logits.masked_fill(banned, NEGATIVE)
+
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(scale * h Wᵀ)[target] without ever holding (N, V): chunks, made again backward,
+    from what autocast made of h and W for the forward pass. The head's gradient is summed over
+    the chunks in fp32, whatever the type of its weight."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, banned, scale):
-        logprobs, entropies, ctx.scale, ctx.rows = [], [], scale, max(1, CHUNK // len(weight))
-        for h, target in zip(hidden.split(ctx.rows), targets.split(ctx.rows)):
-            logp = TokenLogprobs.logits(h, weight, banned, scale).log_softmax(-1)
-            logprobs.append(logp.gather(1, target[:, None])[:, 0])
-            entropies.append(-(logp.exp() * logp).sum(-1))
+        kind = hidden.device.type
+        if torch.is_autocast_enabled(kind):
+            hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
+        logprob, entropy = (widened(hidden.new_empty(len(hidden))) for _ in range(2))
+        for part, logits in chunk_logits(hidden, weight, banned, scale):
+            logp = logits.log_softmax(-1)
+            logprob[part] = logp.gather(1, targets[part, None])[:, 0]
+            entropy[part] = -(logp.exp() * logp).sum(-1)
         ctx.save_for_backward(hidden, weight, targets, banned)
-        entropy = torch.cat(entropies)
+        ctx.scale = scale
         ctx.mark_non_differentiable(entropy)
-        return torch.cat(logprobs), entropy
+        return logprob, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, targets, banned = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(widened(weight))
-        for start in range(0, len(hidden), ctx.rows):
-            part = slice(start, start + ctx.rows)
-            slope = TokenLogprobs.logits(hidden[part], weight, banned, ctx.scale).softmax(-1)
-            slope.neg_().scatter_add_(1, targets[part, None], torch.ones_like(slope[:, :1]))
-            slope *= (grad[part] * ctx.scale)[:, None]
-            grad_hidden[part] = slope.to(weight.dtype) @ weight
-            grad_weight += slope.T @ hidden[part].to(slope.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part, logits in chunk_logits(hidden, weight, banned, ctx.scale):
+                slope = logits.softmax(-1).neg_()
+                slope.scatter_add_(1, targets[part, None], torch.ones_like(slope[:, :1]))
+                slope *= (grad[part] * ctx.scale)[:, None]
+                grad_hidden[part] = slope.to(weight.dtype) @ weight
+                grad_weight += slope.T @ hidden[part].to(slope.dtype)
+        return grad_hidden, grad_weight, None, None, None     # autograd casts to the inputs' types
 
 
 def token_logprobs(hidden, weight, targets, banned=None, temperature=1.0):
     """Log-prob of each target and entropy of its distribution, at a temperature, ids banned.
     hidden (N, D); weight (V, D); targets (N,); banned (V,) -> (N,), (N,); the entropy has no
-    gradient. With the sampler's `banned` and `temperature` these are the sampler's log-probs."""
+    gradient. With the sampler's `banned` and `temperature` these are the sampler's log-probs.
+    A banned target, which the sampler never draws, has log-prob -1e30 and a useless gradient."""
     scale = 1.0 / temperature if temperature > 0 else 1.0
     return TokenLogprobs.apply(hidden, weight, targets, banned, scale)
 
@@ -328,15 +323,15 @@ class Sampler:
 
     def __init__(self, model, banned, stop, dtype=None, look_every=None, capture=True):
         self.source = self.model = model
-        if dtype is not None and dtype != next(model.parameters()).dtype:
+        if dtype not in (None, next(model.parameters()).dtype):
             self.model = copy.deepcopy(model).requires_grad_(False)
-            for weight in self.model.parameters():       # not the buffers: rope needs fp32
-                weight.data = weight.data.to(dtype)
+            for weight in filter(torch.is_floating_point, self.model.parameters()):
+                weight.data = weight.data.to(dtype)      # not the buffers: rope needs fp32
         self.device = next(model.parameters()).device
         self.capture = capture and self.device.type == "cuda"
         self.banned, self.stop = banned.to(self.device), stop
         self.look_every = look_every or (16 if self.capture else 4)
-        self.rows = self.room = self.new_tokens = self.graph = None
+        self.shape = self.graph = None
 
     @torch.no_grad()
     def refresh(self):
@@ -346,58 +341,55 @@ class Sampler:
                 mine.copy_(theirs)
 
     def allocate(self, rows, room, new_tokens):
-        if rows == self.rows and room <= self.room and new_tokens == self.new_tokens:
+        """Buffers, and on CUDA a graph that reads and writes them, unless those at hand will do."""
+        if self.shape == (rows, new_tokens) and room <= self.room:
             return
-        self.rows, self.room, self.new_tokens, self.graph = rows, room, new_tokens, None
+        self.shape, self.room = (rows, new_tokens), room
         model, make = self.model, functools.partial(torch.zeros, device=self.device)
-        shape, kind = (rows, room, model.k_heads, model.head_width), next(model.parameters()).dtype
-        self.cache = [[make(shape, dtype=kind) for _ in "kv"] for _ in range(model.layers)]
-        self.token, self.slot, self.count = (make(rows, dtype=torch.long) for _ in range(3))
+        self.cache = make(model.layers, 2, rows, room, model.k_heads, model.head_width,
+                          dtype=next(model.parameters()).dtype)
+        self.token, self.slot, self.position, self.count = make(4, rows, dtype=torch.long)
         self.done, self.stream = make(rows, dtype=torch.bool), make(rows, dtype=torch.int32)
-        self.ids, self.logprobs = make(rows, new_tokens, dtype=torch.long), make(rows, new_tokens)
-        self.scale, self.noise = make(1), make(1)
-
-    def step(self, window):
-        """One token for every row, in place. window: how many cache slots can be in use."""
-        def attend(layer, q, k, v, rope):
-            keys, values = (x[:, :window] for x in self.cache[layer])
-            q = rotary_cache(q, k, v, *rope, keys, values, self.slot, self.done)
-            return decode_attention(q, keys, values, self.slot + 1)
-
-        hidden = self.model.decode(self.token, self.slot, attend)
-        key = mix(self.stream ^ mix(self.count.int()))
-        token, logprob = sample(self.model.logits(hidden), self.banned, self.scale, self.noise, key)
-        here = self.count.clamp(max=self.new_tokens - 1)[:, None]
-        for buffer, new in ((self.ids, token), (self.logprobs, logprob)):
-            kept = torch.where(self.done[:, None], buffer.gather(1, here), new[:, None])
-            buffer.scatter_(1, here, kept)
-        self.token.copy_(torch.where(self.done, self.token, token))
-        self.count += ~self.done
-        self.slot += ~self.done
-        self.done |= (token == self.stop) | (self.count >= self.new_tokens)
+        self.ids = make(rows, new_tokens + 1, dtype=torch.long)      # finished rows write to the
+        self.logprobs = make(rows, new_tokens + 1)                   # last column, never read
+        self.scale, self.noise = make(2, 1)
+        if self.capture:
+            self.record()
 
     def record(self):
-        """Captures `step` in a CUDA graph. Done rows write nothing, so warming up is harmless."""
-        self.done.fill_(True)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.step(self.room)
-        torch.cuda.current_stream().wait_stream(side)
+        """Captures `step` in a CUDA graph, once its kernels are compiled and loaded."""
+        self.done.fill_(True)                            # so that these steps write nothing
+        self.step(self.room)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.step(self.room)
 
+    def step(self, window):
+        """One token for every row, in place. window: how many cache slots can be in use."""
+        def attend(layer, q, k, v, rope):
+            keys, values = self.cache[layer, :, :, :window]
+            q = rotary_cache(q, k, v, *rope, keys, values, self.slot, self.done)
+            return decode_attention(q, keys, values, self.slot + 1)
+
+        hidden = self.model.decode(self.token, self.position, attend)
+        key = mix(self.stream ^ mix(self.count.int()))
+        token, logprob = sample(self.model.logits(hidden), self.banned, self.scale, self.noise, key)
+        here = self.count.masked_fill(self.done, self.shape[1])[:, None]
+        self.ids.scatter_(1, here, token[:, None])
+        self.logprobs.scatter_(1, here, logprob[:, None])
+        self.token.copy_(token)
+        for counter in (self.slot, self.position, self.count):
+            counter += ~self.done
+        self.done |= (token == self.stop) | (self.count >= self.shape[1])
+
     def start(self, prompts, group, temperature, seeds):
         """Prefill once per prompt, fork the cache to its group, reset every buffer in place."""
-        cache, width = self.model.prefill(prompts), prompts.ids.shape[1]
-        for (keys, values), (k, v) in zip(self.cache, cache):
-            keys[:, :width] = k.repeat_interleave(group, 0)
-            values[:, :width] = v.repeat_interleave(group, 0)
-        last = prompts.lengths - 1
-        self.token.copy_(prompts.ids.gather(1, last[:, None])[:, 0].repeat_interleave(group))
-        self.slot.copy_(last.repeat_interleave(group))
+        for mine, pair in zip(self.cache, self.model.prefill(prompts)):
+            mine[:, :, :prompts.ids.shape[1]] = torch.stack(pair).repeat_interleave(group, 1)
+        place = torch.arange(len(prompts.ids), device=self.device), prompts.lengths - 1
+        self.token.copy_(prompts.ids[place].repeat_interleave(group))
+        self.slot.copy_(place[1].repeat_interleave(group))
+        self.position.copy_(prompts.positions[place][:, 0].repeat_interleave(group))
         member = torch.arange(group, dtype=torch.int32, device=self.device)
         self.stream.copy_(mix(mix(seeds.int())[:, None] ^ mix(member + 0x5EED)).flatten())
         self.scale.fill_(1 / temperature if temperature > 0 else 1)
@@ -409,48 +401,40 @@ class Sampler:
     def generate(self, prompts, group=1, new_tokens=48, temperature=1.0, seeds=None):
         """Batch of B prompts -> Rollouts of B * group rows. temperature 0 is greedy.
         seeds (B,): one per prompt; the same seed gives the same rollouts in any company."""
-        prompts = prompts.to(self.device)
-        rows, width = len(prompts.ids) * group, prompts.ids.shape[1]
-        seeds = torch.arange(len(prompts.ids)) if seeds is None else seeds
-        self.allocate(rows, (width + new_tokens + 31) // 32 * 32, new_tokens)
-        if self.capture and self.graph is None:
-            self.record()
+        prompts, (rows, width) = prompts.to(self.device), prompts.ids.shape
+        seeds = torch.arange(rows) if seeds is None else seeds
+        self.allocate(rows * group, (width + new_tokens + 31) // 32 * 32, new_tokens)
         self.start(prompts, group, temperature, seeds.to(self.device))
-        for count in range(new_tokens):
+        for count in range(1, new_tokens + 1):
             if self.capture:
                 self.graph.replay()
             else:
-                self.step(min(self.room, width + count + 1))
-            if (count + 1) % self.look_every == 0 and bool(self.done.all()):
+                self.step(width + count)
+            if count % self.look_every == 0 and bool(self.done.all()):
                 break
-        ended = self.ids.gather(1, (self.count - 1)[:, None])[:, 0] == self.stop
-        return Rollouts(self.ids.clone(), self.count.clone(), self.logprobs.clone(), ended)
+        ids, logprobs, lengths = self.ids[:, :-1], self.logprobs[:, :-1], self.count.clone()
+        ended = ids.gather(1, lengths[:, None] - 1)[:, 0] == self.stop
+        return Rollouts(ids.clone(), lengths, logprobs.clone(), ended)
 
 
 # ----------------------------------------------------------------------------------- measuring
 
-def median_seconds(run, repeats=5):
-    """Median wall time of run(), after one call that warms up."""
-    times = [time.perf_counter()]
-    for _ in range(repeats + 1):
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter())
-    return sorted(end - begin for begin, end in zip(times[1:], times[2:]))[repeats // 2]
+def seconds(run):
+    """Median wall time of run() when it is warm, repeated until the times agree within a tenth."""
+    timer = Timer("run()", globals=dict(run=run), num_threads=torch.get_num_threads())
+    return timer.adaptive_autorange(0.1, max_run_time=60).median
 
 
 @torch.no_grad()
 def naive_generate(model, banned, batch, group, new_tokens):
     """What the sampler replaces: every token from a full forward pass over every row."""
-    ids = F.pad(batch.ids, (0, new_tokens)).repeat(group, 1)
-    lengths, pixels = batch.lengths.repeat(group), batch.pixels.repeat(group, 1, 1, 1)
-    rows = torch.arange(len(ids), device=ids.device)
+    wide = batch.widen(new_tokens)
+    wide = type(batch)(*(torch.cat([value] * group) for value in vars(wide).values()))
+    rows = torch.arange(len(wide.ids), device=wide.ids.device)
     for _ in range(new_tokens):
-        hidden = model(type(batch)(ids, lengths, pixels))[rows, lengths - 1]
-        logits = model.logits(hidden).masked_fill(banned, NEGATIVE)
-        ids[rows, lengths] = logits.softmax(-1).multinomial(1)[:, 0]
-        lengths = lengths + 1
+        logits = model.logits(model(wide)[rows, wide.lengths - 1]).masked_fill(banned, NEGATIVE)
+        wide.ids[rows, wide.lengths] = logits.softmax(-1).multinomial(1)[:, 0]
+        wide.lengths += 1
 
 
 def transformers_generate(model, processor, batch, group, new_tokens, dtype):
@@ -460,44 +444,43 @@ def transformers_generate(model, processor, batch, group, new_tokens, dtype):
     with tempfile.TemporaryDirectory() as directory:
         save(model, processor, directory)
         theirs = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype)
-    theirs = theirs.to(batch.ids.device).eval()
-    theirs.generation_config.suppress_tokens = None
-    width = batch.ids.shape[1]
+    width, device = batch.ids.shape[1], batch.ids.device
     ids = torch.stack([row.roll(width - int(n)) for row, n in zip(batch.ids, batch.lengths)])
-    mask = torch.arange(width, device=ids.device) >= (width - batch.lengths)[:, None]
-    return lambda: theirs.generate(
-        input_ids=ids, attention_mask=mask.long(), pixel_values=batch.pixels[:, None].to(dtype),
-        do_sample=True, top_k=0, temperature=1.0, num_return_sequences=group,
-        min_new_tokens=new_tokens, max_new_tokens=new_tokens)
+    mask = torch.arange(width, device=device) >= (width - batch.lengths)[:, None]
+    return functools.partial(
+        theirs.to(device).generate, input_ids=ids, attention_mask=mask.long(),
+        pixel_values=batch.pixels[:, None].to(dtype), do_sample=True, top_k=0, temperature=1.0,
+        num_return_sequences=group, min_new_tokens=new_tokens, max_new_tokens=new_tokens)
 
 
-def measure(size, new_tokens, prompts, device, group=8):
-    """-> rows (name, value, unit, floor, ratio): ratios are the sampler's to each way, no row ends
-    early (stop -1), the floor reads weights and cache once per token at copy bandwidth."""
+def read_once(sampler, rows):
+    """The floor: tokens a second if each only read weights and cache, as fast as a copy does."""
+    x = torch.empty(1 << 28, dtype=torch.uint8, device=sampler.device)
+    needed = sum(x.nbytes for x in [*sampler.model.parameters(), sampler.cache])
+    return rows * 2 * x.nbytes / seconds(x.clone) / needed
+
+
+def measure(size, prompts, group=8, new_tokens=48):
+    """-> rows (name, value, unit, floor, ratio): ratios are the sampler's to each way, and to the
+    floor; no row of tokens ends early (stop -1)."""
     import data
     from model import fresh
+    cuda, rows = torch.cuda.is_available(), []
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     model, processor = fresh(size, [data.base_example(i) for i in range(1000)], 0)
-    model, dtype = model.to(device), torch.bfloat16 if device == "cuda" else torch.float32
     batch = processor.batch([data.world_example("test", i) for i in range(prompts)]).to(device)
-    make = functools.partial(Sampler, model, processor.banned(model.vocabulary), -1, dtype)
+    make = functools.partial(Sampler, model.to(device), processor.banned(model.vocabulary), -1, dtype)
     sampler, ask = make(), (batch, group, new_tokens)
     ways = {"sampler": functools.partial(sampler.generate, *ask)}
-    if device == "cuda":
+    if cuda:
         ways["the same step, not captured"] = functools.partial(make(capture=False).generate, *ask)
-    try:
+    if importlib.util.find_spec("transformers"):
         ways["transformers generate"] = transformers_generate(model, processor, *ask, dtype)
-    except ImportError:
-        print("transformers is not installed: no comparison with its generate")
     if prompts <= 4:
         ways["a full pass per token"] = lambda: naive_generate(model, sampler.banned, *ask)
-    rows, tokens = [], prompts * group * new_tokens
     for way, run in ways.items():
-        speed, floor = tokens / median_seconds(run), None
-        if device == "cuda" and way == "sampler":
-            x = torch.empty(1 << 28, dtype=torch.uint8, device=device)
-            bandwidth = 2 * x.numel() / median_seconds(x.clone)
-            read = [*sampler.model.parameters(), *(x for pair in sampler.cache for x in pair)]
-            floor = prompts * group * bandwidth / sum(x.numel() * x.element_size() for x in read)
+        speed = prompts * group * new_tokens / seconds(run)
+        floor = read_once(sampler, prompts * group) if cuda and not rows else None
         ratio = rows[0]["value"] / speed if rows else floor and speed / floor
         name = f"{way}, {prompts} x {group} x {new_tokens}, size {size}"
         rows.append(dict(name=name, value=speed, unit="tokens/s", floor=floor, ratio=ratio))
@@ -507,13 +490,11 @@ def measure(size, new_tokens, prompts, device, group=8):
 
 def main():
     parser = argparse.ArgumentParser(description="Tokens a second of the sampler on this machine.")
-    parser.add_argument("--json", help="file for the rows")
+    parser.add_argument("--json", type=pathlib.Path, help="file for the rows")
     args = parser.parse_args()
-    device, rows = "cuda" if torch.cuda.is_available() else "cpu", []
-    for prompts in (4, 32):
-        rows += measure("m", 48, prompts, device)
+    rows = measure("m", 4) + measure("m", 32)
     if args.json:
-        pathlib.Path(args.json).write_text(json.dumps(rows, indent=1))
+        args.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

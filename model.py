@@ -1,7 +1,7 @@
-"""The vision-language model: Idefics3 / SmolVLM with its public weight names.
+"""The vision-language model: Idefics3 / SmolVLM, Qwen2-VL and Qwen2.5-VL, with public names.
 
-    picture -> SigLIP ViT -> pixel shuffle -> one linear map -> in place of the image tokens
-    tokens  -> embedding  -> L x { attention, SwiGLU }  -> RMSNorm -> head
+    picture -> ViT -> neighbours folded into one -> linear -> in place of the image tokens
+    tokens  -> embedding -> L x { attention, SwiGLU } -> RMSNorm -> head
 
 A run directory is a Hugging Face checkpoint: `save` writes what transformers opens, `load` reads
 what transformers, or the hub, wrote. Attention is handed in as a function, `attend`, so training,
@@ -10,9 +10,12 @@ prefill, forked rollouts and the sampler's static cache are one decoder with fou
     B prompts, T tokens, P patches, D width, H heads, K kv-heads, E head width, V vocabulary,
     G group, L layers, R = B * G rollouts, N new tokens, M tokens that count (no padding)
 """
+import contextlib
+import functools
 import json
 import os
 import pathlib
+import re
 from types import SimpleNamespace
 
 import torch
@@ -20,6 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import data
 from kernels import rms_norm, rotary, token_logprobs
@@ -51,23 +55,67 @@ def preset_config(size, processor):
             rope_theta=1e4, max_position_embeddings=2048, **ends))
 
 
+SIGLIP = dict(intermediate_size=3072, num_hidden_layers=12, layer_norm_eps=1e-6, hidden_size=1152,
+              num_attention_heads=16, image_size=224, patch_size=32)
+LLAMA = dict(num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-6, rope_theta=1e4,
+             vocab_size=32000, hidden_size=4096, intermediate_size=11008, attention_bias=False)
+QWEN2 = dict(num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, hidden_size=8192,
+             intermediate_size=29568, vocab_size=152064, rms_norm_eps=1e-5, rope_theta=1e6,
+             attention_bias=True)
+QWEN_VIT = dict(depth=32, num_heads=16, patch_size=14, spatial_merge_size=2)
+DEFAULTS = {        # model_type: what hub files leave out of vision_config and of text_config
+    "idefics3": (SIGLIP, LLAMA), "smolvlm": (SIGLIP, LLAMA),
+    "qwen2_vl": (QWEN_VIT | dict(embed_dim=1280, mlp_ratio=4, window_size=None), QWEN2),
+    "qwen2_5_vl": (QWEN_VIT | dict(hidden_size=3584, intermediate_size=3420, window_size=112,
+                                   fullatt_block_indexes=(7, 15, 23, 31)), QWEN2)}
+
+
 def read_config(raw):
-    """config.json -> sizes, with the defaults that hub files leave out."""
-    vision = dict(intermediate_size=3072, num_hidden_layers=12, layer_norm_eps=1e-6,
-                  hidden_size=1152, num_attention_heads=16, image_size=224, patch_size=32)
-    text = dict(num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-6, rope_theta=1e4,
-                vocab_size=32000, hidden_size=4096, intermediate_size=11008)
-    if raw.get("model_type") not in ("idefics3", "smolvlm"):
-        raise CheckpointError(f"model_type {raw.get('model_type')!r}; expected idefics3 or smolvlm")
-    vision |= raw["vision_config"]
-    text |= (raw["text_config"].get("rope_parameters") or {}) | raw["text_config"]
+    """config.json, flat or nested -> sizes. Raises CheckpointError for another model_type."""
+    if raw.get("model_type") not in DEFAULTS:
+        raise CheckpointError(f"model_type {raw.get('model_type')!r}; expected one of "
+                              + ", ".join(DEFAULTS))
+    vision, text = DEFAULTS[raw["model_type"]]
+    given = raw.get("text_config", raw)
+    rope = (given.get("rope_scaling") or {}) | (given.get("rope_parameters") or {})
+    vision, text = SimpleNamespace(**vision | raw["vision_config"]), text | rope | given
     text.setdefault("num_key_value_heads", text["num_attention_heads"])
     text["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    return SimpleNamespace(vision=SimpleNamespace(**vision), text=SimpleNamespace(**text),
-                           scale=raw.get("scale_factor", 2), image=raw["image_token_id"])
+    tied = raw.get("tie_word_embeddings", given.get("tie_word_embeddings", False))
+    return SimpleNamespace(vision=vision, text=SimpleNamespace(**text), tied=tied,
+                           qwen=raw["model_type"].startswith("qwen"), image=raw["image_token_id"],
+                           scale=raw.get("scale_factor", 2))
 
 
-# -------------------------------------------------------------------------------------- vision
+# ------------------------------------------------------------------------------------- vision
+
+def attention(q, k, v, mask=None, causal=False):
+    """q (B, T, H, E); k, v (B, S, K, E); mask (B, 1, T or 1, S) -> (B, T, H, E)"""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """fc1, an activation, fc2."""
+
+    def __init__(self, D, wide, activation):
+        super().__init__()
+        self.fc1, self.fc2, self.activation = nn.Linear(D, wide), nn.Linear(wide, D), activation
+
+    def forward(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, D, wide, bias=False):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(D, wide, bias), nn.Linear(D, wide, bias)
+        self.down_proj = nn.Linear(wide, D, bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
 
 class VisionLayer(nn.Module):
     def __init__(self, c):
@@ -76,17 +124,14 @@ class VisionLayer(nn.Module):
         self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(D, c.layer_norm_eps) for _ in range(2))
         self.self_attn = nn.ModuleDict(
             {name: nn.Linear(D, D) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(D, c.intermediate_size),
-                                      fc2=nn.Linear(c.intermediate_size, D)))
+        self.mlp = MLP(D, c.intermediate_size, functools.partial(F.gelu, approximate="tanh"))
 
     def forward(self, x):
         attn, h = self.self_attn, self.layer_norm1(x)                          # (B, P, D)
-        q, k, v = (proj(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B, H, P, E)
+        q, k, v = (proj(h).unflatten(-1, (self.heads, -1))                     # (B, P, H, E)
                    for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        x = x + attn.out_proj(mixed.transpose(1, 2).flatten(2))
-        h = F.gelu(self.mlp.fc1(self.layer_norm2(x)), approximate="tanh")
-        return x + self.mlp.fc2(h)
+        x = x + attn.out_proj(attention(q, k, v).flatten(2))
+        return x + self.mlp(self.layer_norm2(x))
 
 
 class Vision(nn.Module):
@@ -118,6 +163,109 @@ def pixel_shuffle(x, scale):
     return x.permute(0, 1, 3, 2, 4, 5).reshape(len(x), -1, width * scale * scale)
 
 
+class Rope(nn.Module):
+    """Rotary angles. Frequency i turns with the position along axis[i]: one axis in text, three in
+    Qwen's text (M-RoPE), two in its pictures."""
+
+    def __init__(self, theta, width, axis, repeat=1):
+        super().__init__()
+        turns = torch.arange(0, width, 2, device="cpu") / width
+        self.register_buffer("frequency", (1 / theta ** turns).repeat(repeat), persistent=False)
+        self.register_buffer("axis", torch.tensor(axis, device="cpu"), persistent=False)
+
+    def forward(self, positions):
+        """positions (M, axes), or (M,) where all are alike -> cos, sin (M, E), in fp32."""
+        if positions.ndim == 1:
+            positions = positions[:, None].expand(-1, 3)
+        angles = positions[:, self.axis] * self.frequency
+        angles = torch.cat([angles, angles], -1)
+        return angles.cos(), angles.sin()
+
+
+def up_to(lengths, width=None):
+    """(B,) -> (B, width) True at the first lengths[b] places."""
+    return torch.arange(width or int(lengths.max()), device=lengths.device) < lengths[:, None]
+
+
+class Ragged:
+    """Where the M tokens that count stand in a padded (B, T) grid, half of which is padding.
+
+    Linear layers see the M tokens alone; only attention sees the grid.
+    """
+
+    def __init__(self, mask):
+        self.mask, self.places = mask, mask.flatten().nonzero()[:, 0]
+
+    def pack(self, x):
+        """(B, T, ...) -> (M, ...)"""
+        return x.flatten(0, 1).index_select(0, self.places)
+
+    def pad(self, x):
+        """(M, ...) -> (B, T, ...), zero where nothing stands"""
+        grid = x.new_zeros(self.mask.numel(), *x.shape[1:])
+        return grid.index_copy(0, self.places, x).unflatten(0, self.mask.shape)
+
+
+class QwenLayer(nn.Module):
+    def __init__(self, c, D, norm):
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = c.num_heads, norm(D, eps=1e-6), norm(D, eps=1e-6)
+        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(D, 3 * D), proj=nn.Linear(D, D)))
+        self.mlp = (SwiGLU(D, c.intermediate_size, True) if c.window_size else
+                    MLP(D, D * c.mlp_ratio, lambda x: x * torch.sigmoid(1.702 * x)))
+
+    def forward(self, x, rope, segments):
+        """x (P, D); rope: cos, sin (P, E); segments: Ragged, one row for patches that may meet."""
+        q, k, v = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        q, k, v = (segments.pad(x) for x in (rotary(q, *rope), rotary(k, *rope), v))
+        mixed = attention(q, k, v, segments.mask[:, None, None])               # (B, T, H, E)
+        x = x + self.attn.proj(segments.pack(mixed).flatten(1))
+        return x + self.mlp(self.norm2(x))
+
+
+def window_order(grids, side):
+    """Sorts the image tokens of all pictures into windows of side x side. grids (N, 2) ->
+    order (P / 4,); row and column of each patch in that order (P, 2); patches in each window."""
+    order, places, windows, inner = [], [], [], torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
+    for rows, columns in grids.tolist():
+        step = torch.arange(rows * columns)
+        row, column = step // columns, step % columns
+        window = row // side * columns + column // side
+        some = window.argsort(stable=True)
+        order.append(some + sum(map(len, order)))
+        places.append(2 * torch.stack([row, column], 1)[some, None] + inner)   # (P / 4, 4, 2)
+        windows.append(4 * window.unique(return_counts=True)[1])
+    return torch.cat(order), torch.cat(places).flatten(0, 1), torch.cat(windows)
+
+
+class QwenVision(nn.Module):
+    """Qwen2-VL's ViT; in Qwen2.5-VL's most layers see windows of 112x112 pixels alone."""
+
+    def __init__(self, c, out):
+        super().__init__()
+        D, norm = (c.hidden_size, nn.RMSNorm) if c.window_size else (c.embed_dim, nn.LayerNorm)
+        width, patch = D // c.num_heads // 2, c.patch_size
+        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv3d(3, D, (2, patch, patch), bias=False)))
+        self.blocks = nn.ModuleList(QwenLayer(c, D, norm) for _ in range(c.depth))
+        self.merger = nn.ModuleDict(dict(ln_q=norm(D, eps=1e-6), mlp=nn.Sequential(
+            nn.Linear(4 * D, 4 * D), nn.GELU(), nn.Linear(4 * D, out))))
+        self.side = c.window_size // (2 * patch) if c.window_size else 1 << 30
+        self.full = c.fullatt_block_indexes if c.window_size else range(c.depth)
+        self.rope = Rope(1e4, width, [0] * (width // 2) + [1] * (width // 2), repeat=2)
+
+    def forward(self, pixels, grids):
+        """pixels (P, 3 * 2 * 14 * 14), blocks of 2x2 patches; grids (N, 2) -> (P / 4, out)"""
+        weight = self.patch_embed.proj.weight
+        order, places, windows = (x.to(weight.device) for x in window_order(grids, self.side))
+        x = F.linear(pixels.type_as(weight), weight.flatten(1))                # (P, D)
+        x, rope = x.unflatten(0, (-1, 4))[order].flatten(0, 1), self.rope(places)
+        windows, pictures = Ragged(up_to(windows)), Ragged(up_to(4 * grids.prod(1)))
+        for index, layer in enumerate(self.blocks):
+            x = layer(x, rope, pictures if index in self.full else windows)
+        x = self.merger.mlp(self.merger.ln_q(x).unflatten(0, (-1, 4)).flatten(1))
+        return x[order.argsort()]
+
+
 # ------------------------------------------------------------------------------------- decoder
 
 class RMSNorm(nn.RMSNorm):
@@ -129,26 +277,23 @@ class RMSNorm(nn.RMSNorm):
 class Layer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        D, self.head_width, bias = c.hidden_size, c.head_dim, getattr(c, "attention_bias", False)
+        D, self.head_width, bias = c.hidden_size, c.head_dim, c.attention_bias
         wide, narrow = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.self_attn = nn.ModuleDict(dict(
             q_proj=nn.Linear(D, wide, bias), k_proj=nn.Linear(D, narrow, bias),
             v_proj=nn.Linear(D, narrow, bias), o_proj=nn.Linear(wide, D, False)))
-        self.mlp = nn.ModuleDict(dict(
-            gate_proj=nn.Linear(D, c.intermediate_size, False),
-            up_proj=nn.Linear(D, c.intermediate_size, False),
-            down_proj=nn.Linear(c.intermediate_size, D, False)))
+        self.mlp = SwiGLU(D, c.intermediate_size)
         self.input_layernorm = RMSNorm(D, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(D, c.rms_norm_eps)
 
     def forward(self, x, delta, attend):
         """x (M, D), the residual stream; delta, what the layer before adds to it."""
-        attn, mlp = self.self_attn, self.mlp
+        attn = self.self_attn
         x, h = self.input_layernorm(x, delta)
         q, k, v = (proj(h).unflatten(-1, (-1, self.head_width))                # (M, H, E)
                    for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
         x, h = self.post_attention_layernorm(x, attn.o_proj(attend(q, k, v).flatten(1)))
-        return x, mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
+        return x, self.mlp(h)
 
 
 class Decoder(nn.Module):
@@ -157,47 +302,16 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        frequency = c.rope_theta ** -(torch.arange(0, c.head_dim, 2).float() / c.head_dim)
-        self.register_buffer("frequency", frequency, persistent=False)
-
-    def rope(self, positions):
-        """positions (M,) -> cos, sin (M, E), in fp32."""
-        angles = positions[..., None].float() * self.frequency.float()
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos(), angles.sin()
+        sections = getattr(c, "mrope_section", [c.head_dim // 2])
+        axis = [axis for axis, count in enumerate(sections) for _ in range(count)]
+        self.rope = Rope(c.rope_theta, c.head_dim, axis)
 
     def forward(self, x, positions, attend):
         """x (M, D) embedded -> (M, D). attend(layer, q, k, v, rope) -> (M, H, E)."""
         rope, delta = self.rope(positions), None
         for index, layer in enumerate(self.layers):
-            x, delta = layer(x, delta, lambda q, k, v: attend(index, q, k, v, rope))
+            x, delta = layer(x, delta, lambda q, k, v, index=index: attend(index, q, k, v, rope))
         return self.norm(x, delta)[1]
-
-
-class Ragged:
-    """Where the M tokens that count stand in a padded (B, T) grid, half of which is padding.
-
-    Linear layers see the M tokens alone; only attention sees the grid.
-    """
-
-    def __init__(self, mask):
-        self.shape, self.places = mask.shape, mask.flatten().nonzero()[:, 0]
-
-    def pack(self, x):
-        """(B, T, ...) -> (M, ...)"""
-        return x.flatten(0, 1).index_select(0, self.places)
-
-    def pad(self, x):
-        """(M, ...) -> (B, T, ...), zero where nothing stands"""
-        grid = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
-        return grid.index_copy(0, self.places, x).unflatten(0, self.shape)
-
-
-def attention(q, k, v, mask=None):
-    """q (B, T, H, E); k, v (B, S, K, E); causal, or by a mask (B, 1, T, S). -> (B, T, H, E)"""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
-    return out.transpose(1, 2)
 
 
 class VLM(nn.Module):
@@ -205,53 +319,73 @@ class VLM(nn.Module):
 
     def __init__(self, raw):
         super().__init__()
-        self.raw, c = raw, read_config(raw)
-        self.config, self.vocabulary, self.layers = c, c.text.vocab_size, c.text.num_hidden_layers
-        self.k_heads, self.head_width = c.text.num_key_value_heads, c.text.head_dim
-        self.model = nn.ModuleDict(dict(
-            vision_model=Vision(c.vision), text_model=Decoder(c.text),
-            connector=nn.ModuleDict(dict(modality_projection=nn.ModuleDict(dict(proj=nn.Linear(
-                c.vision.hidden_size * c.scale ** 2, c.text.hidden_size, False)))))))
-        self.lm_head = nn.Linear(c.text.hidden_size, self.vocabulary, False)
-        self.initialise()
+        self.raw, self.config = raw, read_config(raw)
+        c, text = self.config, self.config.text
+        self.vocabulary, self.layers = text.vocab_size, text.num_hidden_layers
+        self.k_heads, self.head_width = text.num_key_value_heads, text.head_dim
+        self.model = nn.ModuleDict(
+            dict(visual=QwenVision(c.vision, text.hidden_size), language_model=Decoder(text))
+            if c.qwen else dict(vision_model=Vision(c.vision), text_model=Decoder(text),
+                                connector=nn.ModuleDict(dict(modality_projection=nn.ModuleDict(dict(
+                                    proj=nn.Linear(c.vision.hidden_size * c.scale ** 2,
+                                                   text.hidden_size, False)))))))
+        self.lm_head = nn.Linear(text.hidden_size, self.vocabulary, False)
+        self.adapter = None          # PEFT's adapter_config.json, where the model has LoRA
+        self.tie()
+
+    @property
+    def text(self):
+        return self.model.language_model if self.config.qwen else self.model.text_model
+
+    @property
+    def vision(self):
+        return self.model.visual.blocks if self.config.qwen else self.model.vision_model
+
+    def tie(self):
+        if self.config.tied:
+            self.lm_head.weight = self.text.embed_tokens.weight
 
     @torch.no_grad()
     def initialise(self):
         """Layers start as the identity and tokens as large as pieces of picture, so that the
         residual stream still knows its token when attention by content is to be learnt."""
-        nn.init.normal_(self.model.text_model.embed_tokens.weight, std=0.6)
+        nn.init.normal_(self.text.embed_tokens.weight, std=0.6)
         for table in (self.lm_head, self.model.vision_model.embeddings.position_embedding):
             nn.init.normal_(table.weight, std=0.02)
         for name, weight in self.named_parameters():
             if name.endswith(".weight") and name.split(".")[-2] in LAST_OF_A_LAYER:
                 weight.zero_()
 
-    def embed(self, ids, pixels):
+    def features(self, pixels, grids):
+        """The image tokens of all pictures in reading order. -> (tokens, D)"""
+        if self.config.qwen:
+            return self.model.visual(pixels, grids)
+        folded = pixel_shuffle(self.model.vision_model(pixels), self.config.scale)
+        return self.model.connector.modality_projection.proj(folded).flatten(0, 1)
+
+    def embed(self, ids, batch):
         """Tokens, with each image token replaced by its piece of picture. (M,) -> (M, D)"""
-        x, places = self.model.text_model.embed_tokens(ids), ids == self.config.image
-        if len(pixels):
-            folded = pixel_shuffle(self.model.vision_model(pixels), self.config.scale)
-            features = self.model.connector.modality_projection.proj(folded).flatten(0, 1)
+        x, places = self.text.embed_tokens(ids), ids == self.config.image
+        if len(batch.pixels):
+            features = self.features(batch.pixels, batch.grids)
             if int(places.sum()) != len(features):
                 raise ValueError(f"{int(places.sum())} image tokens in the ids, but "
-                                 f"{len(features)} features from {len(pixels)} tiles")
+                                 f"{len(features)} features from {len(batch.pixels)} tiles")
             x = x.masked_scatter(places[:, None], features.type_as(x))
         return x
 
     def read(self, batch):
         """Every prompt in full, causal -> hidden states (M, D), Ragged, and the cache: L pairs of
         keys and values (B, T, K, E), rotated."""
-        step, cache = torch.arange(batch.ids.shape[1], device=batch.ids.device), []
-        ragged = Ragged(step < batch.lengths[:, None])
+        ragged, cache = Ragged(up_to(batch.lengths, batch.ids.shape[1])), [None] * self.layers
 
         def attend(layer, q, k, v, rope):
             q, k, v = (ragged.pad(x) for x in (rotary(q, *rope), rotary(k, *rope), v))
-            cache.append((k, v))
-            return ragged.pack(attention(q, k, v))
+            cache[layer] = k, v
+            return ragged.pack(attention(q, k, v, causal=True))
 
-        x = self.embed(ragged.pack(batch.ids), batch.pixels)
-        positions = ragged.pack(step.expand_as(batch.ids))
-        return self.model.text_model(x, positions, attend), ragged, cache
+        x = self.embed(ragged.pack(batch.ids), batch)
+        return self.text(x, ragged.pack(batch.positions), attend), ragged, cache
 
     def prefill(self, batch):
         """Reads B prompts once -> the cache that rollouts fork from, with gradient if enabled."""
@@ -268,12 +402,12 @@ class VLM(nn.Module):
         ids (R, N), the first column the prompts' last token; mask (R, N) -> hidden states (M, D)
         of the tokens under the mask.
         """
-        start = (prompts.lengths - 1).repeat_interleave(group)[:, None]         # (R, 1)
-        width, N, ragged = prompts.ids.shape[1], ids.shape[1], Ragged(mask)
-        step = torch.arange(N, device=ids.device)
-        seen = torch.arange(width, device=ids.device) < start                  # (R, T)
-        seen = torch.cat([seen[:, None].expand(-1, N, -1),
+        last, step = (prompts.lengths - 1)[:, None], torch.arange(ids.shape[1], device=ids.device)
+        positions = prompts.positions[..., 0].gather(1, last).repeat_interleave(group, 0) + step
+        seen = up_to(last[:, 0].repeat_interleave(group), prompts.ids.shape[1])    # (R, T)
+        seen = torch.cat([seen[:, None].expand(-1, len(step), -1),
                           (step <= step[:, None]).expand(len(ids), -1, -1)], -1)[:, None]
+        ragged = Ragged(mask)
 
         def attend(layer, q, k, v, rope):
             q, k, v = (ragged.pad(x) for x in (rotary(q, *rope), rotary(k, *rope), v))
@@ -281,12 +415,11 @@ class VLM(nn.Module):
             k, v = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1)          # (R, T + N, K, E)
             return ragged.pack(attention(q, k, v, seen))
 
-        text = self.model.text_model
-        return text(text.embed_tokens(ragged.pack(ids)), ragged.pack(start + step), attend)
+        return self.text(self.text.embed_tokens(ragged.pack(ids)), ragged.pack(positions), attend)
 
     def decode(self, tokens, positions, attend):
         """One token a row against the sampler's cache. (R,), (R,) -> (R, D)"""
-        return self.model.text_model(self.model.text_model.embed_tokens(tokens), positions, attend)
+        return self.text(self.text.embed_tokens(tokens), positions, attend)
 
     def logits(self, hidden):
         return self.lm_head(hidden)
@@ -304,6 +437,63 @@ class VLM(nn.Module):
                                           temperature)
         place = torch.zeros(ids.shape, dtype=logprob.dtype, device=ids.device)
         return place.masked_scatter(mask, logprob), place.masked_scatter(mask, entropy)
+
+
+# ------------------------------------------------------------------- to fit a consumer's GPU
+
+def recompute_activations(model):
+    """Each layer keeps its inputs alone and runs once more backward (Chen et al. 2016)."""
+    def thrifty(forward, *inputs):
+        if not torch.is_grad_enabled():
+            return forward(*inputs)
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    for layer in model.modules():
+        if isinstance(layer, (Layer, VisionLayer, QwenLayer)):
+            layer.forward = functools.partial(thrifty, layer.forward)
+
+
+class LoRA(nn.Linear):
+    """W x + alpha / rank B A x, with W frozen and B zero at first (Hu et al. 2021, section 4.1)."""
+
+    def forward(self, x):
+        low = F.linear(x, self.lora_A.weight.type_as(x))
+        return super().forward(x) + self.scale * F.linear(low, self.lora_B.weight.type_as(x))
+
+    def merged(self):
+        """W + alpha / rank B A, in fp32."""
+        return self.weight.float() + self.scale * (self.lora_B.weight @ self.lora_A.weight).float()
+
+
+def add_lora(model, rank, alpha, targets):
+    """Freezes a model and adapts the decoder's linear layers whose names are among `targets`."""
+    names, device = [name.strip() for name in targets.split(",")], model.lm_head.weight.device
+    model.requires_grad_(False)
+    for name, layer in list(model.text.named_modules()):
+        if name.split(".")[-1] in names and isinstance(layer, nn.Linear):
+            layer.__class__, layer.scale = LoRA, alpha / rank
+            layer.lora_A = nn.Linear(layer.in_features, rank, False, device)
+            layer.lora_B = nn.Linear(rank, layer.out_features, False, device)
+            nn.init.zeros_(layer.lora_B.weight)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise CheckpointError(f"--lora-targets {targets}: no such linear layer in the decoder; "
+                              "its layers have q_proj, k_proj, v_proj, o_proj, gate_proj, ...")
+    text = "language_model" if model.config.qwen else "text_model"
+    model.adapter = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=alpha,
+                         target_modules=rf".*{text}.*\.({'|'.join(names)})", lora_dropout=0.0,
+                         bias="none", base_model_name_or_path=None)
+
+
+@contextlib.contextmanager
+def without_lora(model):
+    """Inside, the model is the one that it adapts: GRPO's reference costs no second copy."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoRA)]
+    scales = [layer.scale for layer in layers]
+    for layer in layers:
+        layer.scale = 0.0
+    yield model
+    for layer, scale in zip(layers, scales):
+        layer.scale = scale
 
 
 # ------------------------------------------------------------------------------- load and save
@@ -326,31 +516,67 @@ def write_tensors(path, tensors, metadata=None):
     os.replace(temporary, path)
 
 
-def save(model, processor, directory):
-    """Writes a Hugging Face checkpoint that transformers, vLLM and TRL open as it is."""
-    directory, name = pathlib.Path(directory), dict(processor_class="Idefics3Processor")
-    directory.mkdir(parents=True, exist_ok=True)
+# What other programs read beside weights and tokenizer; kept as it came, sizes and ends apart.
+SIDE_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json",
+              "special_tokens_map.json", "generation_config.json", "chat_template.json",
+              "chat_template.jinja")
+
+
+def tabletop_files(processor):
+    """{name: text} of the side files of a model made from scratch."""
+    name = dict(processor_class="Idefics3Processor")
     files = {
-        "config.json": model.raw,
         "preprocessor_config.json": dict(
             image_processor_type="Idefics3ImageProcessor", do_convert_rgb=True, do_resize=True,
-            size={"longest_edge": processor.longest_edge}, resample=1, do_rescale=True,
-            rescale_factor=1 / 255, do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3,
-            do_pad=True, do_image_splitting=processor.longest_edge > processor.tile,
+            resample=1, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, do_pad=True,
+            image_mean=processor.MEAN, image_std=processor.STD,
             max_image_size={"longest_edge": processor.tile}),
         "processor_config.json": name | dict(image_seq_len=processor.image_tokens),
         "tokenizer_config.json": name | dict(
             tokenizer_class="PreTrainedTokenizerFast", bos_token=data.START, eos_token=data.STOP,
-            pad_token=processor.tokenizer.id_to_token(processor.pad),
-            clean_up_tokenization_spaces=False),
-        "generation_config.json": dict(
-            eos_token_id=processor.stop, pad_token_id=processor.pad,
-            suppress_tokens=processor.banned(model.vocabulary).nonzero().flatten().tolist())}
-    for file, content in files.items():
-        write_text(directory / file, json.dumps(content, indent=1))
-    write_text(directory / "tokenizer.json", processor.tokenizer.to_str(pretty=True))
-    write_text(directory / "chat_template.jinja", data.CHAT_TEMPLATE)
-    write_tensors(directory / "model.safetensors", model.state_dict())
+            pad_token=data.PAD, clean_up_tokenization_spaces=False)}
+    return {"chat_template.jinja": data.CHAT_TEMPLATE} | {
+        file: json.dumps(content) for file, content in files.items()}
+
+
+def hub_name(name):
+    """What the hub calls a tensor: the parts of Qwen's models had other names there."""
+    return re.sub(r"^model\.language_model", "model", re.sub(r"^model\.visual", "visual", name))
+
+
+def hub_tensors(model):
+    """The weights as others read them: adapters merged, a tied head left out, names of the hub."""
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRA):
+            tensors[f"{name}.weight"] = layer.merged()
+    if model.config.tied:
+        del tensors["lm_head.weight"]
+    dtype = getattr(torch, model.raw.get("dtype") or model.raw.get("torch_dtype") or "float32")
+    return {hub_name(name): tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def save(model, processor, directory):
+    """Writes a Hugging Face checkpoint that transformers, vLLM and TRL open as it is; of a model
+    with LoRA the merged one, and beside it adapter/, which peft opens."""
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    banned = processor.banned(model.vocabulary).nonzero().flatten().tolist()
+    ours = {"preprocessor_config.json": processor.preprocessing(), "generation_config.json": dict(
+        eos_token_id=processor.stop, pad_token_id=processor.pad, suppress_tokens=banned)}
+    files = processor.files | {name: json.dumps(json.loads(processor.files.get(name, "{}")) | some)
+                               for name, some in ours.items()}
+    files |= {"config.json": json.dumps(model.raw, indent=1),
+              "prompt.json": json.dumps(processor.style, indent=1),
+              "tokenizer.json": processor.tokenizer.to_str(pretty=True)}
+    for name, text in files.items():
+        write_text(directory / name, text)
+    write_tensors(directory / "model.safetensors", hub_tensors(model))
+    if model.adapter:
+        (directory / "adapter").mkdir(exist_ok=True)
+        write_text(directory / "adapter" / "adapter_config.json", json.dumps(model.adapter))
+        write_tensors(directory / "adapter" / "adapter_model.safetensors", {
+            f"base_model.model.{n}": t for n, t in model.state_dict().items() if "lora_" in n})
 
 
 def check_tensors(expected, got, where):
@@ -376,25 +602,53 @@ def read_file(read, path):
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
-def load(directory, device="cpu"):
-    """-> (VLM, Processor) of a run directory or a downloaded SmolVLM. Strict: see check_tensors."""
-    directory, tensors = pathlib.Path(directory), {}
-    model = read_file(lambda path: VLM(read_json(path)), directory / "config.json")
-    tokenizer = read_file(lambda path: Tokenizer.from_file(str(path)), directory / "tokenizer.json")
-    index, names = directory / "model.safetensors.index.json", ["model.safetensors"]
+def load_tensors(directory, expected):
+    """{our name: tensor} of a checkpoint in one file or in shards, checked against `expected`."""
+    index, names, tensors = directory / "model.safetensors.index.json", ["model.safetensors"], {}
     if index.exists():
         names = sorted(set(read_file(read_json, index)["weight_map"].values()))
     for name in names:
-        tensors.update(read_file(load_file, directory / name))
-    check_tensors(model.state_dict(), tensors, directory)
-    model.load_state_dict(tensors)
-    c = model.config.vision
-    tokens = (c.image_size // c.patch_size) ** 2 // model.config.scale ** 2
-    return model.to(device), data.Processor(tokenizer, c.image_size, tokens)
+        tensors |= read_file(load_file, directory / name)
+    ours = {hub_name(name): name for name in expected}
+    tensors = {ours.get(name, name): tensor for name, tensor in tensors.items()}
+    check_tensors(expected, tensors, directory)
+    return tensors
+
+
+def load(directory, device="cpu", dtype=torch.float32, prompt=None):
+    """-> (VLM, Processor) of a run directory or a downloaded SmolVLM, Qwen2-VL or Qwen2.5-VL, its
+    weights in `dtype`. prompt: what differs from the stored prompt. Strict: see check_tensors."""
+    directory = pathlib.Path(directory)
+    with torch.device("meta"):
+        model = read_file(lambda path: VLM(read_json(path)), directory / "config.json")
+    tokenizer = read_file(lambda path: Tokenizer.from_file(str(path)), directory / "tokenizer.json")
+    expected = model.state_dict()
+    if model.config.tied:
+        del expected["lm_head.weight"]
+    tensors = load_tensors(directory, expected)
+    model.load_state_dict({n: t.to(dtype) for n, t in tensors.items()}, strict=False, assign=True)
+    model.tie()
+    files = {name: (directory / name).read_text() for name in SIDE_FILES
+             if (directory / name).exists()}
+    stored, c = directory / "prompt.json", model.config.vision
+    style = (read_file(read_json, stored) if stored.exists() else {}) | (prompt or {})
+    if model.config.qwen:
+        processor = data.QwenProcessor(tokenizer, 2 * c.patch_size, 1, style, files)
+    else:
+        tokens = (c.image_size // c.patch_size) ** 2 // model.config.scale ** 2
+        processor = data.Processor(tokenizer, c.image_size, tokens, style, files)
+    if processor.stop is None or processor.image != model.config.image:
+        raise CheckpointError(f"{directory}: tokenizer.json has {processor.IMAGE} as "
+                              f"{processor.image}, {processor.STOP} as {processor.stop}; "
+                              f"config.json's image token is {model.config.image}")
+    return model.to(device), processor
 
 
 def fresh(size, examples, seed):
     """A random model of a tabletop size, with a tokenizer trained on the text of the examples."""
     torch.manual_seed(seed)
     processor = data.Processor(data.train_tokenizer(examples), 64, 16)
-    return VLM(preset_config(size, processor)), processor
+    processor.files = tabletop_files(processor)
+    model = VLM(preset_config(size, processor))
+    model.initialise()
+    return model, processor

@@ -1,8 +1,14 @@
-"""Puts the repository on the path; without a GPU, Triton kernels run in Triton's interpreter."""
+"""Puts the repository on the path; without a GPU, Triton kernels run in Triton's interpreter.
+
+`checkpoint` makes what cannot be downloaded here: tiny random checkpoints of the public families,
+written by transformers, with a tokenizer that has the families' special tokens.
+"""
+import json
 import os
 import pathlib
 import sys
 
+import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -10,3 +16,85 @@ sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+               "<|image_pad|>"]
+QWEN_TEMPLATE = (       # of Qwen2-VL-2B-Instruct, without its branch for videos
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>"
+    "system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}<|vision_start|>"
+    "<|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, rms_norm_eps=1e-6)
+
+
+def idefics3(transformers, tokenizer, tied):
+    return transformers.Idefics3ForConditionalGeneration, transformers.Idefics3Config(
+        text_config=dict(model_type="llama", vocab_size=tokenizer.get_vocab_size(), head_dim=16,
+                         rope_theta=1e5, pad_token_id=0, tie_word_embeddings=tied, **TEXT),
+        vision_config=dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+                           num_attention_heads=4, image_size=64, patch_size=16),
+        scale_factor=2, image_token_id=tokenizer.token_to_id("<image>"), tie_word_embeddings=tied)
+
+
+def qwen(transformers, tokenizer, tied, kind, **vision):
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=dict(vocab_size=tokenizer.get_vocab_size() + 9, tie_word_embeddings=tied,
+                         rope_parameters=dict(rope_type="default", rope_theta=1e6,
+                                              mrope_section=[2, 3, 3]), **TEXT),
+        vision_config=dict(depth=3, num_heads=4, patch_size=14, **vision), tie_word_embeddings=tied,
+        image_token_id=tokenizer.token_to_id("<|image_pad|>"))
+    return getattr(transformers, f"{kind}ForConditionalGeneration"), config
+
+
+def qwen2_vl(*some):
+    return qwen(*some, "Qwen2VL", embed_dim=64, hidden_size=64, mlp_ratio=2)
+
+
+def qwen2_5_vl(*some):
+    return qwen(*some, "Qwen2_5_VL", hidden_size=64, out_hidden_size=64, intermediate_size=96,
+                fullatt_block_indexes=[1], window_size=56)
+
+
+FAMILIES = dict(idefics3=idefics3, qwen2_vl=qwen2_vl, qwen2_5_vl=qwen2_5_vl)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Of the tabletop's text, with the special tokens of every family."""
+    import data
+    tokenizer = data.train_tokenizer([data.base_example(i) for i in range(300)])
+    tiles = [f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)]
+    tokenizer.add_special_tokens(QWEN_TOKENS + tiles)
+    return tokenizer
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tokenizer):
+    """make(family, tied=False) -> (directory, transformers' model), weights large enough that
+    attention looks somewhere."""
+    transformers = pytest.importorskip("transformers")
+
+    def make(family, tied=False, seed=0):
+        directory = tmp_path / f"{family}-{tied}"
+        torch.manual_seed(seed)
+        kind, config = FAMILIES[family](transformers, tokenizer, tied)
+        theirs = kind(config).eval()
+        with torch.no_grad():
+            for name, weight in theirs.named_parameters():
+                if weight.ndim > 1:
+                    weight.normal_(std=1.5 * weight[0].numel() ** -0.5)
+                elif name.endswith("bias"):
+                    weight.normal_(std=0.3)
+        theirs.save_pretrained(directory, max_shard_size="200KB")
+        tokenizer.save(str(directory / "tokenizer.json"))
+        special = dict(tokenizer_class="PreTrainedTokenizerFast", pad_token="<|endoftext|>",
+                       eos_token="<|im_end|>", chat_template=QWEN_TEMPLATE)
+        if family != "idefics3":
+            (directory / "tokenizer_config.json").write_text(json.dumps(special))
+        return directory, theirs
+
+    return make

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from conftest import FAMILIES
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import data
@@ -53,34 +55,91 @@ def test_transformers_opens_a_run(made):
         assert tokens[batch.ids.shape[1]:][:count].tolist() == ours.ids[0, :count].tolist()
 
 
-def test_loads_what_transformers_saved(tmp_path, made):
-    """A checkpoint that transformers wrote, in shards, with keys equal to its defaults left out."""
+def plain_inputs(processor, batch):
+    """What transformers' forward takes of a batch of one prompt."""
+    inputs = dict(input_ids=batch.ids)
+    if isinstance(processor, data.QwenProcessor):
+        inputs["mm_token_type_ids"] = (batch.ids == processor.image).int()
+        if len(batch.pixels):
+            grids = torch.cat([torch.ones_like(batch.grids[:, :1]), 2 * batch.grids], 1)
+            inputs |= dict(pixel_values=batch.pixels, image_grid_thw=grids)
+    elif len(batch.pixels):
+        inputs["pixel_values"] = batch.pixels[None]
+    return inputs
+
+
+def pictured(*sizes, text="What is {}?"):
+    """A question about random pictures of these sizes."""
+    noise = torch.Generator().manual_seed(sum(map(sum, sizes)))
+    images = [Image.fromarray(torch.randint(256, (h, w, 3), generator=noise,
+                                            dtype=torch.uint8).numpy()) for w, h in sizes]
+    return data.Example("x", text.format(" and ".join([data.IMAGE] * len(sizes))), "1",
+                        images=images)
+
+
+QUESTIONS = [pictured((100, 60)), pictured((64, 64), (200, 50), (33, 90)), pictured(),
+             pictured((300, 300), text="{}Count.")]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_is_that_of_transformers(checkpoint, family, tied):
+    """Logits to 1e-4 and greedy tokens to the token, pictures of many shapes, the sampler
+    included: after a picture, Qwen's positions count on from its larger side."""
+    directory, theirs = checkpoint(family, tied)
+    ours, processor = models.load(directory)
+    sampler = kernels.Sampler(ours, torch.zeros(ours.vocabulary, dtype=torch.bool), -1)
+    for example in QUESTIONS:
+        batch = processor.batch([example])
+        inputs = plain_inputs(processor, batch)
+        with torch.no_grad():
+            expected, got = theirs(**inputs).logits, ours.logits(ours(batch))
+        assert (expected - got).abs().max() < 1e-4 * max(1, expected.abs().max())
+        tokens = theirs.generate(**inputs, do_sample=False, min_new_tokens=12, max_new_tokens=12)
+        assert tokens[0, batch.ids.shape[1]:].tolist() == sampler.generate(batch, 1, 12, 0.0
+                                                                           ).rows()[0]
+    together = sampler.generate(processor.batch(QUESTIONS), 1, 12, 0.0).rows()
+    assert together[-1] == tokens[0, batch.ids.shape[1]:].tolist()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_we_save_opens_in_transformers(checkpoint, tmp_path, family, tied):
+    """Under the hub's names, with every tensor found, none left over, and the same logits."""
     transformers = pytest.importorskip("transformers")
-    _, processor, _ = made
-    size = processor.tokenizer.get_vocab_size()
-    config = transformers.Idefics3Config(
-        text_config=dict(model_type="llama", vocab_size=size, hidden_size=64, intermediate_size=128,
-                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                         rms_norm_eps=1e-5, rope_theta=1e5, pad_token_id=0),
-        vision_config=dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2,
-                           num_attention_heads=4, image_size=64, patch_size=8),
-        scale_factor=2, image_token_id=processor.image)
-    torch.manual_seed(1)
-    theirs = transformers.Idefics3ForConditionalGeneration(config).eval()
-    theirs.save_pretrained(tmp_path, max_shard_size="200KB")
-    raw = json.loads((tmp_path / "config.json").read_text())
-    for key in ("layer_norm_eps", "hidden_act", "num_channels"):
-        raw["vision_config"].pop(key, None)
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    processor.tokenizer.save(str(tmp_path / "tokenizer.json"))
-    ours, processor = models.load(tmp_path)
-    batch = processor.batch([data.world_example("test", 0)])
-    with torch.no_grad():
-        expected = theirs(input_ids=batch.ids, pixel_values=batch.pixels[None]).logits
-        assert (expected - ours.logits(ours(batch))).abs().max() < 1e-4
+    directory, theirs = checkpoint(family, tied)
+    ours, processor = models.load(directory)
     models.save(ours, processor, tmp_path / "again")
-    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "again")
-    assert torch.equal(again.lm_head.weight, theirs.lm_head.weight)
+    assert set(load_file(tmp_path / "again" / "model.safetensors")) == {
+        name for path in directory.glob("*.safetensors") for name in load_file(path)}
+    again, report = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "again", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    inputs = plain_inputs(processor, processor.batch(QUESTIONS[:1]))
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**inputs).logits, theirs(**inputs).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hub_config(checkpoint, family):
+    """Hub files leave out what equals a default, Qwen's are flat, and name things otherwise."""
+    directory, theirs = checkpoint(family, True)
+    raw = json.loads((directory / "config.json").read_text())
+    for key in ("layer_norm_eps", "hidden_act", "num_channels", "in_channels",
+                "spatial_merge_size", "patch_size" if family != "idefics3" else ""):
+        raw["vision_config"].pop(key, None)
+    if family != "idefics3":
+        text = raw.pop("text_config")
+        rope = text.pop("rope_parameters")
+        text |= dict(rope_theta=rope["rope_theta"], torch_dtype=text.pop("dtype", "float32"),
+                     rope_scaling=dict(type="mrope", mrope_section=rope["mrope_section"]))
+        raw = text | raw
+    (directory / "config.json").write_text(json.dumps(raw))
+    ours, processor = models.load(directory)
+    batch = processor.batch(QUESTIONS[:1])
+    with torch.no_grad():
+        expected = theirs(**plain_inputs(processor, batch)).logits
+        assert torch.allclose(expected, ours.logits(ours(batch)), atol=1e-3)
 
 
 def test_round_trip(made):
@@ -135,8 +194,8 @@ def plain_score(model, processor, examples, ids, mask, group):
     for r in range(len(ids)):
         batch = processor.batch([examples[r // group]])
         width, answer = batch.ids.shape[1], ids[r][mask[r]]
-        batch = data.Batch(torch.cat([batch.ids[0], answer])[None],
-                           torch.tensor([width + len(answer)]), batch.pixels)
+        batch = batch.widen(len(answer))
+        batch.ids[0, width:], batch.lengths = answer, batch.lengths + len(answer)
         logp = model.logits(model(batch))[0, width - 1:-1].log_softmax(-1)
         rows.append(logp.gather(1, answer[:, None])[:, 0])
     return rows
