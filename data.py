@@ -616,14 +616,14 @@ class Batch:
         return replace(self, ids=torch.nn.functional.pad(self.ids, (0, extra)), positions=positions)
 
 
-def pad_rows(rows, pad, width=None):
+def pad_rows(rows, pad):
     """[[id]] -> (B, T) padded on the right, (B,) lengths."""
-    lengths = torch.tensor([len(row) for row in rows])
-    width = width or max(1, int(lengths.max()))
-    return torch.tensor([row + [pad] * (width - len(row)) for row in rows]), lengths
+    lengths = [len(row) for row in rows]
+    padded = [row + [pad] * (max(lengths) - len(row)) for row in rows]
+    return torch.tensor(padded), torch.tensor(lengths)
 
 
-def rope_positions(ids, image, grids):
+def rope_positions(ids, grids, image):
     """M-RoPE (Qwen2-VL, section 2.1): text counts on in all three; the tokens of a picture share a
     time and have its rows and columns; what follows starts at the largest. (T,) -> (T, 3)"""
     positions = torch.arange(len(ids))[:, None].repeat(1, 3)
@@ -644,7 +644,7 @@ PROMPT = dict(system="", instruction="", answer_format="tags", longest_edge=0)
 class Processor:
     """All that stands between text and ids for one checkpoint; here SmolVLM's and Idefics3's.
     files: {name: text}, what other programs read of it; kept as it came."""
-    IMAGE, STOP, PAD, LEAD = IMAGE, STOP, PAD, " "
+    IMAGE, STOP, PAD, LEAD, EDGE = IMAGE, STOP, PAD, " ", None
     MEAN = STD = (0.5, 0.5, 0.5)
 
     def __init__(self, tokenizer, tile, image_tokens, prompt=None, files=None):
@@ -652,10 +652,7 @@ class Processor:
         self.style, self.files = PROMPT | (prompt or {}), files or {}
         self.stop, self.image, pad = map(tokenizer.token_to_id, (self.STOP, self.IMAGE, self.PAD))
         self.pad = 2 if pad is None else pad
-
-    @property
-    def longest_edge(self):
-        return self.style["longest_edge"] or self.tile
+        self.longest_edge = self.style["longest_edge"] or self.EDGE or tile
 
     def preprocessing(self):
         """What preprocessor_config.json has to say of the size of pictures."""
@@ -703,8 +700,7 @@ class Processor:
     def batch(self, examples):
         texts, pixels, grids = zip(*(self.prompt(example) for example in examples))
         ids, lengths = pad_rows([self.encode(text) for text in texts], self.pad)
-        positions = torch.stack([rope_positions(*row) for row in zip(ids, [self.image] * len(ids),
-                                                                     grids)])
+        positions = torch.stack([rope_positions(*row, self.image) for row in zip(ids, grids)])
         arrays = [array for some in pixels for array in some]
         pixels = torch.from_numpy(numpy.concatenate(arrays)) if arrays else torch.zeros(0)
         grids = torch.tensor([grid for some in grids for grid in some]).long().view(-1, 2)
@@ -720,12 +716,8 @@ class Processor:
 
 class QwenProcessor(Processor):
     """Qwen2-VL's and Qwen2.5-VL's: a picture keeps its shape, one token sees 28x28 pixels."""
-    IMAGE, STOP, PAD, LEAD = "<|image_pad|>", "<|im_end|>", "<|endoftext|>", ""
+    IMAGE, STOP, PAD, LEAD, EDGE = "<|image_pad|>", "<|im_end|>", "<|endoftext|>", "", 512
     MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-    @property
-    def longest_edge(self):
-        return self.style["longest_edge"] or 512
 
     def preprocessing(self):
         least, most = 4 * self.tile ** 2, self.longest_edge ** 2

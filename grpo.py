@@ -22,9 +22,8 @@ import torch
 
 import data
 from evaluate import grade, mean, option, run_script
-from model import load
-from sft import Run, RunConfig, base_model, pick
-
+from model import without_lora
+from sft import Run, RunConfig, default_lr, pick, starting_model
 
 GRPO = dict(advantage="group", ratio="token", clip="ppo", clip_low=0.2, clip_high=0.2,
             dual_clip=0.0, aggregation="sequence", kl="k3", beta=0.01, filter="keep",
@@ -44,7 +43,6 @@ ALGORITHMS = {
 class Config(RunConfig):
     """Options of grpo.py. Those from advantage to tis come from --algorithm where none is given."""
     steps: int = option(100, "rollout steps", least=1)
-    lr: float = option(5e-4, "learning rate")
     algorithm: str = option("grpo", "preset of advantage to tis", tuple(ALGORITHMS))
     advantage: str = option(None, "centred: no std; rloo: the others' mean; batch: its std",
                             ("group", "centred", "rloo", "batch"))
@@ -68,10 +66,10 @@ class Config(RunConfig):
     temperature: float = option(1.0, "of sampling, in the loss too", least=1e-3)
 
 
-def reward_parts(response, length, example, c):
+def reward_parts(response, length, example, answer_format, c):
     """-> the parts of a reward, or None where the grader itself fails (then the advantage is 0)."""
     try:
-        verdict = grade(response, example)
+        verdict = grade(response, example, answer_format)
     except Exception:                # a bug in a grader must not teach the policy anything
         return None
     parts = dict(accuracy=float(verdict.correct), format=float(verdict.formatted))
@@ -133,25 +131,23 @@ def kl_estimate(logprob, reference, kind):
     return {"k1": d, "k2": d.square() / 2, "k3": (-d).exp() + d - 1}[kind]
 
 
-def aggregate(loss, mask, how, longest):
-    """(R, N) -> scalar. Rows without a counted token count nowhere, except in «constant»."""
-    loss = (loss * mask).sum(1)
-    lengths = mask.sum(1)
+def token_weights(mask, how, longest):
+    """What each token's loss counts in the loss of a minibatch. (R, N) -> (R, N), of sum 1 but for
+    «constant». Rows without a counted token count nowhere else."""
+    lengths = mask.sum(1, keepdim=True)
     if how == "sequence":
-        return (loss / lengths.clamp(min=1)).sum() / (lengths > 0).sum().clamp(min=1)
-    if how == "token":
-        return loss.sum() / lengths.sum().clamp(min=1)
-    return loss.sum() / (len(lengths) * longest)
+        return mask / lengths.clamp(min=1) / (lengths > 0).sum().clamp(min=1)
+    return mask / (lengths.sum().clamp(min=1) if how == "token" else len(mask) * longest)
 
 
-def policy_loss(logprob, old, sampled, reference, advantage, mask, c):
-    """The whole objective of one minibatch. All (R, N), advantage (R, 1) -> scalar."""
+def token_loss(logprob, old, sampled, reference, advantage, mask, c):
+    """The objective, token by token. All (R, N), advantage (R, 1) -> (R, N)."""
     loss = surrogate(logprob, old, advantage, mask, c)
     if c.tis:                        # sampler and trainer differ: truncated importance sampling
         loss = loss * (old - sampled).exp().clamp(max=c.tis).detach()
     if c.beta:
         loss = loss + c.beta * kl_estimate(logprob, reference, c.kl)
-    return aggregate(loss, mask, c.aggregation, c.max_new_tokens)
+    return loss
 
 
 # The rollouts of a step, row r answers question r // G: B examples, Rollouts, R dicts of reward
@@ -168,7 +164,8 @@ def rollout(run, examples, step):
                                     c.temperature, seeds[:len(examples)])
     answers, finished = rollouts.rows(), rollouts.finished
     seconds = time.perf_counter() - begin
-    parts = [reward_parts(run.processor.decode(ids), len(ids), examples[r // c.group], c)
+    parts = [reward_parts(run.processor.decode(ids), len(ids), examples[r // c.group],
+                          run.processor.style["answer_format"], c)
              for r, ids in enumerate(answers)]
     rewards = torch.tensor([total_reward(p, c.format_weight) for p in parts]).view(-1, c.group)
     advantage = group_advantages(rewards, c.advantage).flatten()[:, None].to(c.device)
@@ -182,11 +179,13 @@ def rollout(run, examples, step):
 
 
 def minibatches(run, e):
-    """-> [(prompts, their rows among the rollouts)], whole groups each."""
+    """-> for each optimizer step its passes: [(prompts, their rows)], whole groups each."""
     c, count = run.config, len(e.examples)
     size = -(-count // c.minibatches)
-    return [(run.processor.batch(e.examples[i:i + size]).to(c.device),
-             slice(i * c.group, (i + size) * c.group)) for i in range(0, count, size)]
+    ends = [[*range(first, min(first + size, count), c.micro_batch or size),
+             min(first + size, count)] for first in range(0, count, size)]
+    return [[(run.processor.batch(e.examples[i:j]).to(c.device), slice(i * c.group, j * c.group))
+             for i, j in zip(some, some[1:])] for some in ends]
 
 
 def score(run, model, e, prompts, rows):
@@ -199,24 +198,36 @@ def score(run, model, e, prompts, rows):
 
 def update(run, reference, e):
     """One optimizer step for each minibatch -> figures over all tokens of the rollouts."""
-    c, batches, sampled, counted = run.config, minibatches(run, e), e.rollouts.logprobs, []
-    with torch.no_grad():
-        base = [score(run, reference, e, *batch)[0] for batch in batches]
-        old = [score(run, run.model, e, *batch)[0] for batch in batches[1:] and batches]
-    for i, (prompts, rows) in enumerate(batches):
-        logprob, entropy = score(run, run.model, e, prompts, rows)
-        before = old[i] if old else logprob.detach()
-        loss = policy_loss(logprob, before, sampled[rows], base[i], e.advantage[rows],
-                           e.mask[rows], c)
-        norm = run.update(loss, e.examples)
-        tokens = e.rollouts.mask[rows]
-        counted.append(torch.stack([(before - sampled[rows]).abs()[tokens], entropy[tokens],
-                                    kl_estimate(logprob.detach(), base[i], "k3")[tokens],
-                                    (logprob.detach() - before).abs()[tokens]]))
-    gap, entropy, kl, moved = torch.cat(counted, 1)
-    return dict(loss=loss.item(), grad_norm=norm, entropy=entropy.mean().item(),
-                kl=kl.mean().item(), gap_mean=gap.mean().item(), gap_max=gap.max().item(),
-                log_ratio=moved.mean().item())
+    c, steps, sampled, counted = run.config, minibatches(run, e), e.rollouts.logprobs, []
+
+    @torch.no_grad()
+    def log_probs(model):
+        return torch.cat([score(run, model, e, *part)[0] for parts in steps for part in parts])
+
+    with without_lora(reference or run.model) as model:
+        base = log_probs(model)
+    old = log_probs(run.model) if len(steps) > 1 else None
+
+    def losses(parts):
+        start = parts[0][1].start
+        weights = token_weights(e.mask[start:parts[-1][1].stop], c.aggregation, c.max_new_tokens)
+        for prompts, rows in parts:
+            logprob, entropy = score(run, run.model, e, prompts, rows)
+            now, tokens = logprob.detach(), e.rollouts.mask[rows]
+            before = now if old is None else old[rows]
+            counted.append(torch.stack([
+                (before - sampled[rows]).abs()[tokens], (now - before).abs()[tokens],
+                kl_estimate(now, base[rows], "k3")[tokens], entropy[tokens]]))
+            loss = token_loss(logprob, before, sampled[rows], base[rows], e.advantage[rows],
+                              e.mask[rows], c)
+            yield (loss * weights[rows.start - start:rows.stop - start]).sum()
+
+    for parts in steps:
+        figures = run.update(losses(parts), e.examples)
+    gap, moved, kl, entropy = torch.cat(counted, 1)
+    return figures | dict(entropy=entropy.mean().item(), kl=kl.mean().item(),
+                          gap_mean=gap.mean().item(), gap_max=gap.max().item(),
+                          log_ratio=moved.mean().item())
 
 
 def reward_figures(e, c):
@@ -237,9 +248,9 @@ def main(c):
         if getattr(c, name) is None:
             setattr(c, name, value)
     c.out = c.out or "runs/grpo"
-    c.init = c.init or base_model(c.device)
-    model, processor = load(c.init, c.device)
-    reference = copy.deepcopy(model).requires_grad_(False)
+    model, processor = starting_model(c)
+    c.lr = c.lr or default_lr(c, model, 5e-4, 1e-6)
+    reference = None if c.lora_rank else copy.deepcopy(model).requires_grad_(False)
     examples = data.load_dataset(c.data, "train", skip_bad_rows=c.skip_bad_rows)
     count = min(c.examples, len(examples)) if c.data == "world" else len(examples)
     run = Run(c, model, processor, decay=False)

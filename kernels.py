@@ -39,12 +39,10 @@ def widened(x):
 def on_cuda(launch):
     """Beside a torch reference: `launch` runs instead on CUDA when no gradient is needed."""
     def beside(reference):
-        @functools.wraps(reference)
         def choose(x, *rest):
-            way = launch if x.is_cuda and not torch.is_grad_enabled() else reference
-            return way(x, *rest)
+            return (launch if x.is_cuda and not torch.is_grad_enabled() else reference)(x, *rest)
         choose.reference, choose.triton = reference, launch
-        return choose
+        return functools.update_wrapper(choose, reference)
     return beside
 
 
@@ -72,47 +70,41 @@ if triton:
         wide = load(x + at, inside) + load(delta + at, inside)
         wide = wide.to(total.dtype.element_ty).to(tl.float32)        # rounded as it is stored
         tl.store(total + at, wide, inside)
-        unit = wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
-        unit = unit.to(normed.dtype.element_ty).to(tl.float32)
+        unit = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)).to(normed.dtype.element_ty)
         tl.store(normed + at, load(weight + column, inside) * unit, inside)
 
     @triton.jit
-    def rotated(x, cos, sin, E: tl.constexpr, BLOCK: tl.constexpr):
-        """-> the head of width E at pointer x, turned by the angles at cos and sin."""
-        at = tl.arange(0, BLOCK)
+    def rotated(x, cos, sin, row, E, BLOCK: tl.constexpr):
+        """-> the head of width E at pointer x, turned by the angles of this row."""
+        at, angle = tl.arange(0, BLOCK), row * E + tl.arange(0, BLOCK)
         inside, left = at < E, at < E // 2
         turned = load(x + tl.where(left, at + E // 2, at - E // 2), inside)
         turned = tl.where(left, -turned, turned)
-        return load(x + at, inside) * load(cos + at, inside) + turned * load(sin + at, inside)
+        return load(x + at, inside) * load(cos + angle, inside) + turned * load(sin + angle, inside)
 
     @triton.jit
-    def rotary_cache_kernel(q, k, v, cos, sin, keys, values, slots, done, out, room,
-                            H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+    def rotary_cache_kernel(q, k, v, cos, sin, keys, values, slots, done, out, room, H, K, E,
                             BLOCK: tl.constexpr):
         row, head, at = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
-        cos += row * E
-        sin += row * E
         if head < H:
             q_at = (row * H + head) * E
-            tl.store(out + q_at + at, rotated(q + q_at, cos, sin, E, BLOCK), at < E)
+            tl.store(out + q_at + at, rotated(q + q_at, cos, sin, row, E, BLOCK), at < E)
         elif tl.load(done + row) == 0:             # a finished row writes nothing
             k_at = (row * K + head - H) * E
             slot = ((row * room + tl.load(slots + row)) * K + head - H) * E + at
-            tl.store(keys + slot, rotated(k + k_at, cos, sin, E, BLOCK), at < E)
+            tl.store(keys + slot, rotated(k + k_at, cos, sin, row, E, BLOCK), at < E)
             tl.store(values + slot, load(v + k_at + at, at < E), at < E)
 
     @triton.jit
-    def decode_attention_kernel(q, keys, values, lengths, out, room, scale, K: tl.constexpr,
-                                PER: tl.constexpr, E: tl.constexpr, HEADS: tl.constexpr,
-                                WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-                                PRECISION: tl.constexpr):
+    def decode_attention_kernel(q, keys, values, lengths, out, room, scale, K, PER, E,
+                                HEADS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
         row, k_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        head, e, at = tl.arange(0, HEADS)[:, None], tl.arange(0, WIDTH)[None], tl.arange(0, BLOCK)
+        head, e, at = tl.arange(0, HEADS)[:, None], tl.arange(0, WIDTH)[None], tl.arange(0, 64)
         q_at = ((row * K + k_head) * PER + head) * E + e
         query = load(q + q_at, (head < PER) & (e < E))
         best, total = tl.full((HEADS, 1), -1e30, tl.float32), tl.zeros((HEADS, 1), tl.float32)
         mixed, length = tl.zeros((HEADS, WIDTH), tl.float32), tl.load(lengths + row)
-        for start in range(0, length, BLOCK):
+        for start in range(0, length, 64):
             slot = start + at
             cache = ((row * room + slot[:, None]) * K + k_head) * E + e
             inside = (slot[:, None] < length) & (e < E)
@@ -127,13 +119,12 @@ if triton:
         tl.store(out + q_at, mixed / total, (head < PER) & (e < E))
 
     @triton.jit
-    def sample_kernel(logits, banned, scale, noise, keys, tokens, logprobs, vocabulary,
-                      BLOCK: tl.constexpr):
-        row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    def sample_kernel(logits, banned, scale, noise, keys, tokens, logprobs, vocabulary):
+        row, at = tl.program_id(0).to(tl.int64), tl.arange(0, 4096)
         key, factor, loud = tl.load(keys + row), tl.load(scale), tl.load(noise)
         best, token, top, total = -float("inf"), 0, -1e30, 0.0
         logits += row * vocabulary
-        for start in range(0, vocabulary, BLOCK):
+        for start in range(0, vocabulary, 4096):
             word = start + at
             logit = load(logits + word, word < vocabulary) * factor
             logit = tl.where(tl.load(banned + word, word < vocabulary, 1) != 0, -1e30, logit)
@@ -151,11 +142,10 @@ if triton:
 
 
 def rms_norm_triton(x, delta, weight, eps):
-    x, width = x.contiguous(), x.shape[-1]
+    x, width, block = x.contiguous(), x.shape[-1], triton.next_power_of_2(x.shape[-1])
     delta = torch.zeros_like(x) if delta is None else delta.contiguous()
     total, normed = torch.empty_like(x), torch.empty_like(x)
-    rms_norm_kernel[(x.numel() // width,)](x, delta, weight, total, normed, width, eps,
-                                           triton.next_power_of_2(width))
+    rms_norm_kernel[(x.numel() // width,)](x, delta, weight, total, normed, width, eps, block)
     return total, normed
 
 
@@ -197,10 +187,9 @@ def rotary_cache(q, k, v, cos, sin, keys, values, slots, done):
 def decode_attention_triton(q, keys, values, lengths):
     (rows, H, E), K, out = q.shape, keys.shape[2], torch.empty_like(q)
     heads, width = (max(16, triton.next_power_of_2(n)) for n in (H // K, E))
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"       # bf16 is exact in tf32
     decode_attention_kernel[(rows, K)](
         q, keys, values, lengths, out, keys.stride(0) // keys.stride(1), E ** -0.5, K, H // K, E,
-        heads, width, 64, precision)
+        heads, width, "ieee" if q.dtype == torch.float32 else "tf32")      # bf16 is exact in tf32
     return out
 
 
@@ -223,10 +212,9 @@ def gumbel(keys, vocabulary):
 
 
 def sample_triton(logits, banned, scale, noise, keys):
-    rows, vocabulary = logits.shape
+    (rows, vocabulary), logits = logits.shape, logits.contiguous()
     tokens, logprobs = (logits.new_empty(rows, dtype=kind) for kind in (torch.long, torch.float32))
-    sample_kernel[(rows,)](logits.contiguous(), banned, scale, noise, keys, tokens, logprobs,
-                           vocabulary, min(4096, triton.next_power_of_2(vocabulary)))
+    sample_kernel[(rows,)](logits, banned, scale, noise, keys, tokens, logprobs, vocabulary)
     return tokens, logprobs
 
 
@@ -259,9 +247,9 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, banned, scale):
-        kind = hidden.device.type
-        if torch.is_autocast_enabled(kind):
-            hidden, weight = (x.to(torch.get_autocast_dtype(kind)) for x in (hidden, weight))
+        if torch.is_autocast_enabled(hidden.device.type):
+            kind = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(kind), weight.to(kind)
         logprob, entropy = (widened(hidden.new_empty(len(hidden))) for _ in range(2))
         for part, logits in chunk_logits(hidden, weight, banned, scale):
             logp = logits.log_softmax(-1)
@@ -275,14 +263,15 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, targets, banned = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(widened(weight))
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = widened(torch.zeros_like(weight)) if ctx.needs_input_grad[1] else None
         with torch.autocast(hidden.device.type, enabled=False):
             for part, logits in chunk_logits(hidden, weight, banned, ctx.scale):
-                slope = logits.softmax(-1).neg_()
-                slope.scatter_add_(1, targets[part, None], torch.ones_like(slope[:, :1]))
+                slope = logits.softmax(-1).neg_().scatter_(1, targets[part, None], 1, reduce="add")
                 slope *= (grad[part] * ctx.scale)[:, None]
                 grad_hidden[part] = slope.to(weight.dtype) @ weight
-                grad_weight += slope.T @ hidden[part].to(slope.dtype)
+                if grad_weight is not None:
+                    grad_weight += slope.T @ hidden[part].to(slope.dtype)
         return grad_hidden, grad_weight, None, None, None     # autograd casts to the inputs' types
 
 
@@ -290,9 +279,8 @@ def token_logprobs(hidden, weight, targets, banned=None, temperature=1.0):
     """Log-prob of each target and entropy of its distribution, at a temperature, ids banned.
     hidden (N, D); weight (V, D); targets (N,); banned (V,) -> (N,), (N,); the entropy has no
     gradient. With the sampler's `banned` and `temperature` these are the sampler's log-probs.
-    A banned target, which the sampler never draws, has log-prob -1e30 and a useless gradient."""
-    scale = 1.0 / temperature if temperature > 0 else 1.0
-    return TokenLogprobs.apply(hidden, weight, targets, banned, scale)
+    A banned target, which the sampler never draws, gets about -1e30 and a meaningless gradient."""
+    return TokenLogprobs.apply(hidden, weight, targets, banned, 1 / (temperature or 1))
 
 
 # ------------------------------------------------------------------------------------- sampler
@@ -315,106 +303,93 @@ class Rollouts:
 
 class Sampler:
     """Prompts in, rollouts out: a static cache, per-row lengths, and one `step` over fixed buffers.
-    model: prefill(batch), decode(tokens, positions, attend), logits(hidden), and the sizes layers,
-    k_heads, head_width. banned (V,): never sampled. On CUDA `step` is captured once for a shape
-    and replayed `look_every` times between looks at the done flags. With `dtype` it samples from
+    model: prefill(batch), decode(tokens, positions, attend), logits(hidden). banned (V,): never
+    sampled. On CUDA `step` is captured once for a shape and replayed. With `dtype` it samples from
     a copy of the weights, which `refresh` updates in place. A row's randomness depends on (seed of
     its prompt, place in its group, token index) alone, not on other rows, batch size or device."""
 
-    def __init__(self, model, banned, stop, dtype=None, look_every=None, capture=True):
+    def __init__(self, model, banned, stop, dtype=None, capture=True):
         self.source = self.model = model
         if dtype not in (None, next(model.parameters()).dtype):
             self.model = copy.deepcopy(model).requires_grad_(False)
             for weight in filter(torch.is_floating_point, self.model.parameters()):
                 weight.data = weight.data.to(dtype)      # not the buffers: rope needs fp32
-        self.device = next(model.parameters()).device
-        self.capture = capture and self.device.type == "cuda"
-        self.banned, self.stop = banned.to(self.device), stop
-        self.look_every = look_every or (16 if self.capture else 4)
-        self.shape = self.graph = None
+        self.device, self.stop = next(model.parameters()).device, stop
+        self.capture, self.banned = capture and self.device.type == "cuda", banned.to(self.device)
+        self.room, self.graph = 0, None
 
     @torch.no_grad()
     def refresh(self):
         """Takes over the weights of the model in training; no tensor moves, so no new capture."""
-        if self.model is not self.source:
-            for mine, theirs in zip(self.model.parameters(), self.source.parameters()):
-                mine.copy_(theirs)
+        for mine, theirs in zip(self.model.parameters(), self.source.parameters()):
+            mine.copy_(theirs)
 
-    def allocate(self, rows, room, new_tokens):
-        """Buffers, and on CUDA a graph that reads and writes them, unless those at hand will do."""
-        if self.shape == (rows, new_tokens) and room <= self.room:
-            return
-        self.shape, self.room = (rows, new_tokens), room
-        model, make = self.model, functools.partial(torch.zeros, device=self.device)
-        self.cache = make(model.layers, 2, rows, room, model.k_heads, model.head_width,
-                          dtype=next(model.parameters()).dtype)
-        self.token, self.slot, self.position, self.count = make(4, rows, dtype=torch.long)
-        self.done, self.stream = make(rows, dtype=torch.bool), make(rows, dtype=torch.int32)
-        self.ids = make(rows, new_tokens + 1, dtype=torch.long)      # finished rows write to the
-        self.logprobs = make(rows, new_tokens + 1)                   # last column, never read
-        self.scale, self.noise = make(2, 1)
-        if self.capture:
-            self.record()
-
-    def record(self):
-        """Captures `step` in a CUDA graph, once its kernels are compiled and loaded."""
-        self.done.fill_(True)                            # so that these steps write nothing
-        self.step(self.room)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.step(self.room)
+    def start(self, prompts, group, new_tokens, temperature, seeds):
+        """Prefill once per prompt, fork the cache to its group, set every buffer in place. Where
+        those at hand do not fit, these become the buffers, and no graph is captured yet."""
+        (B, width), zeros = prompts.ids.shape, prompts.ids.new_zeros
+        room, rows = (width + new_tokens + 31) // 32 * 32, B * group
+        last = torch.arange(B, device=self.device), prompts.lengths - 1
+        counters = torch.stack([last[1], prompts.positions[..., 0][last], zeros(B)])
+        seeds = last[0] if seeds is None else seeds.to(self.device)
+        member = torch.arange(group, dtype=torch.int32, device=self.device)
+        buffers = dict(
+            token=prompts.ids[last].repeat_interleave(group),
+            counters=counters.repeat_interleave(group, 1),       # cache slot, position, new tokens
+            stream=mix(mix(seeds.int())[:, None] ^ mix(member + 0x5EED)).flatten(),
+            heat=torch.tensor([1 / (temperature or 1), temperature > 0], device=self.device),
+            done=zeros(rows, dtype=torch.bool),
+            ids=zeros(rows, new_tokens + 1),                     # the last column takes what
+            logprobs=zeros(rows, new_tokens + 1, dtype=torch.float32))     # done rows go on to draw
+        cache = torch.stack([torch.stack(pair) for pair in self.model.prefill(prompts)])
+        if room > self.room or self.ids.shape != buffers["ids"].shape:
+            empty = cache.new_zeros(*cache.shape[:2], rows, room, *cache.shape[4:])
+            vars(self).update(buffers, cache=empty, room=room, graph=None)
+        for name, value in buffers.items():
+            vars(self)[name].copy_(value)
+        self.cache.unflatten(2, (B, group))[:, :, :, :, :width] = cache[:, :, :, None]
 
     def step(self, window):
         """One token for every row, in place. window: how many cache slots can be in use."""
+        slot, position, count = self.counters
+
         def attend(layer, q, k, v, rope):
             keys, values = self.cache[layer, :, :, :window]
-            q = rotary_cache(q, k, v, *rope, keys, values, self.slot, self.done)
-            return decode_attention(q, keys, values, self.slot + 1)
+            q = rotary_cache(q, k, v, *rope, keys, values, slot, self.done)
+            return decode_attention(q, keys, values, slot + 1)
 
-        hidden = self.model.decode(self.token, self.position, attend)
-        key = mix(self.stream ^ mix(self.count.int()))
-        token, logprob = sample(self.model.logits(hidden), self.banned, self.scale, self.noise, key)
-        here = self.count.masked_fill(self.done, self.shape[1])[:, None]
+        logits = self.model.logits(self.model.decode(self.token, position, attend))
+        key = mix(self.stream ^ mix(count.int()))
+        token, logprob = sample(logits, self.banned, *self.heat.split(1), key)
+        here = count.masked_fill(self.done, self.ids.shape[1] - 1)[:, None]
         self.ids.scatter_(1, here, token[:, None])
         self.logprobs.scatter_(1, here, logprob[:, None])
-        self.token.copy_(token)
-        for counter in (self.slot, self.position, self.count):
-            counter += ~self.done
-        self.done |= (token == self.stop) | (self.count >= self.shape[1])
+        self.token.copy_(torch.where(self.done, self.token, token))
+        self.counters += ~self.done
+        self.done |= (token == self.stop) | (count == self.ids.shape[1] - 1)
 
-    def start(self, prompts, group, temperature, seeds):
-        """Prefill once per prompt, fork the cache to its group, reset every buffer in place."""
-        for mine, pair in zip(self.cache, self.model.prefill(prompts)):
-            mine[:, :, :prompts.ids.shape[1]] = torch.stack(pair).repeat_interleave(group, 1)
-        place = torch.arange(len(prompts.ids), device=self.device), prompts.lengths - 1
-        self.token.copy_(prompts.ids[place].repeat_interleave(group))
-        self.slot.copy_(place[1].repeat_interleave(group))
-        self.position.copy_(prompts.positions[place][:, 0].repeat_interleave(group))
-        member = torch.arange(group, dtype=torch.int32, device=self.device)
-        self.stream.copy_(mix(mix(seeds.int())[:, None] ^ mix(member + 0x5EED)).flatten())
-        self.scale.fill_(1 / temperature if temperature > 0 else 1)
-        self.noise.fill_(float(temperature > 0))
-        for buffer in (self.count, self.done, self.ids, self.logprobs):
-            buffer.zero_()
+    def advance(self, window):
+        """`step`; on CUDA, once it has run and so compiled its kernels, from a graph. Capturing it
+        computes nothing and changes no buffer."""
+        if self.graph:
+            return self.graph.replay()
+        self.step(window)
+        if self.capture:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.step(self.room)
 
     @torch.no_grad()
     def generate(self, prompts, group=1, new_tokens=48, temperature=1.0, seeds=None):
         """Batch of B prompts -> Rollouts of B * group rows. temperature 0 is greedy.
         seeds (B,): one per prompt; the same seed gives the same rollouts in any company."""
-        prompts, (rows, width) = prompts.to(self.device), prompts.ids.shape
-        seeds = torch.arange(rows) if seeds is None else seeds
-        self.allocate(rows * group, (width + new_tokens + 31) // 32 * 32, new_tokens)
-        self.start(prompts, group, temperature, seeds.to(self.device))
+        self.start(prompts.to(self.device), group, new_tokens, temperature, seeds)
         for count in range(1, new_tokens + 1):
-            if self.capture:
-                self.graph.replay()
-            else:
-                self.step(width + count)
-            if count % self.look_every == 0 and bool(self.done.all()):
+            self.advance(prompts.ids.shape[1] + count)
+            if (count % 16 == 0 or not self.capture) and self.done.all():     # waits for a GPU
                 break
-        ids, logprobs, lengths = self.ids[:, :-1], self.logprobs[:, :-1], self.count.clone()
-        ended = ids.gather(1, lengths[:, None] - 1)[:, 0] == self.stop
-        return Rollouts(ids.clone(), lengths, logprobs.clone(), ended)
+        return Rollouts(self.ids[:, :-1].clone(), self.counters[2].clone(),
+                        self.logprobs[:, :-1].clone(), self.token == self.stop)
 
 
 # ----------------------------------------------------------------------------------- measuring
@@ -437,47 +412,42 @@ def naive_generate(model, banned, batch, group, new_tokens):
         wide.lengths += 1
 
 
-def transformers_generate(model, processor, batch, group, new_tokens, dtype):
-    """-> a function that samples the same number of tokens with transformers, same checkpoint."""
-    from model import save
+def transformers_generate(directory, batch, group, new_tokens, dtype):
+    """-> a function that samples the same number of tokens from a checkpoint, with transformers."""
     from transformers import AutoModelForImageTextToText
-    with tempfile.TemporaryDirectory() as directory:
-        save(model, processor, directory)
-        theirs = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype)
-    width, device = batch.ids.shape[1], batch.ids.device
-    ids = torch.stack([row.roll(width - int(n)) for row, n in zip(batch.ids, batch.lengths)])
-    mask = torch.arange(width, device=device) >= (width - batch.lengths)[:, None]
+    theirs = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype)
     return functools.partial(
-        theirs.to(device).generate, input_ids=ids, attention_mask=mask.long(),
-        pixel_values=batch.pixels[:, None].to(dtype), do_sample=True, top_k=0, temperature=1.0,
+        theirs.to(batch.ids.device).generate, input_ids=batch.ids, do_sample=True, top_k=0,
+        attention_mask=torch.ones_like(batch.ids), pixel_values=batch.pixels[:, None].to(dtype),
         num_return_sequences=group, min_new_tokens=new_tokens, max_new_tokens=new_tokens)
 
 
 def read_once(sampler, rows):
     """The floor: tokens a second if each only read weights and cache, as fast as a copy does."""
     x = torch.empty(1 << 28, dtype=torch.uint8, device=sampler.device)
-    needed = sum(x.nbytes for x in [*sampler.model.parameters(), sampler.cache])
+    needed = sum(read.nbytes for read in [*sampler.model.parameters(), sampler.cache])
     return rows * 2 * x.nbytes / seconds(x.clone) / needed
 
 
 def measure(size, prompts, group=8, new_tokens=48):
-    """-> rows (name, value, unit, floor, ratio): ratios are the sampler's to each way, and to the
-    floor; no row of tokens ends early (stop -1)."""
+    """-> rows (name, value, unit, floor, ratio): the sampler's speed to its floor and to that of
+    other ways. All prompts are one, so that no way has to pad, and no row ends early (stop -1)."""
     import data
-    from model import fresh
+    from model import fresh, save
     cuda, rows = torch.cuda.is_available(), []
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     model, processor = fresh(size, [data.base_example(i) for i in range(1000)], 0)
-    batch = processor.batch([data.world_example("test", i) for i in range(prompts)]).to(device)
-    make = functools.partial(Sampler, model.to(device), processor.banned(model.vocabulary), -1, dtype)
-    sampler, ask = make(), (batch, group, new_tokens)
-    ways = {"sampler": functools.partial(sampler.generate, *ask)}
-    if cuda:
-        ways["the same step, not captured"] = functools.partial(make(capture=False).generate, *ask)
+    batch = processor.batch([data.world_example("test", 0)] * prompts).to(device)
+    banned, ask = processor.banned(model.vocabulary).to(device), (batch, group, new_tokens)
+    sampler, plain = (Sampler(model.to(device), banned, -1, dtype, way) for way in (True, False))
+    ways = {"sampler": lambda: sampler.generate(*ask),
+            "the same step, not captured": lambda: plain.generate(*ask)}
     if importlib.util.find_spec("transformers"):
-        ways["transformers generate"] = transformers_generate(model, processor, *ask, dtype)
+        with tempfile.TemporaryDirectory() as directory:
+            save(model, processor, directory)
+            ways["transformers generate"] = transformers_generate(directory, *ask, dtype)
     if prompts <= 4:
-        ways["a full pass per token"] = lambda: naive_generate(model, sampler.banned, *ask)
+        ways["a full pass per token"] = lambda: naive_generate(sampler.model, banned, *ask)
     for way, run in ways.items():
         speed = prompts * group * new_tokens / seconds(run)
         floor = read_once(sampler, prompts * group) if cuda and not rows else None

@@ -322,7 +322,6 @@ class VLM(nn.Module):
         self.raw, self.config = raw, read_config(raw)
         c, text = self.config, self.config.text
         self.vocabulary, self.layers = text.vocab_size, text.num_hidden_layers
-        self.k_heads, self.head_width = text.num_key_value_heads, text.head_dim
         self.model = nn.ModuleDict(
             dict(visual=QwenVision(c.vision, text.hidden_size), language_model=Decoder(text))
             if c.qwen else dict(vision_model=Vision(c.vision), text_model=Decoder(text),
@@ -465,7 +464,7 @@ class LoRA(nn.Linear):
         return self.weight.float() + self.scale * (self.lora_B.weight @ self.lora_A.weight).float()
 
 
-def add_lora(model, rank, alpha, targets):
+def add_lora(model, rank, alpha, targets, base=None):
     """Freezes a model and adapts the decoder's linear layers whose names are among `targets`."""
     names, device = [name.strip() for name in targets.split(",")], model.lm_head.weight.device
     model.requires_grad_(False)
@@ -481,7 +480,7 @@ def add_lora(model, rank, alpha, targets):
     text = "language_model" if model.config.qwen else "text_model"
     model.adapter = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=alpha,
                          target_modules=rf".*{text}.*\.({'|'.join(names)})", lora_dropout=0.0,
-                         bias="none", base_model_name_or_path=None)
+                         bias="none", base_model_name_or_path=base)
 
 
 @contextlib.contextmanager
@@ -644,10 +643,10 @@ def load(directory, device="cpu", dtype=torch.float32, prompt=None):
     return model.to(device), processor
 
 
-def fresh(size, examples, seed):
+def fresh(size, examples, seed, prompt=None):
     """A random model of a tabletop size, with a tokenizer trained on the text of the examples."""
     torch.manual_seed(seed)
-    processor = data.Processor(data.train_tokenizer(examples), 64, 16)
+    processor = data.Processor(data.train_tokenizer(examples), 64, 16, prompt)
     processor.files = tabletop_files(processor)
     model = VLM(preset_config(size, processor))
     model.initialise()

@@ -12,9 +12,11 @@ difference between imitation and exploration. `Run` is what every training run n
 Departs from the paper: Muon on the matrices beside AdamW, a small model, traces written by the
 world instead of sampled from a larger model.
 """
+import functools
 import json
 import math
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -27,9 +29,10 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
-from evaluate import DEVICE, evaluate, option, read_rows, run_script, summary
+from evaluate import DEVICE, PromptConfig, evaluate, option, read_rows, run_script, summary
 from kernels import Sampler
-from model import SIZES, check_tensors, fresh, load, read_json, save, write_tensors, write_text
+from model import (SIZES, add_lora, check_tensors, fresh, load, read_json, recompute_activations,
+                   save, up_to, write_tensors, write_text)
 
 WEIGHTS = {  # name: w_t from the token's probability p and the entropy there, without gradient
     "nll": lambda p, entropy: torch.ones_like(p),
@@ -42,22 +45,22 @@ WEIGHTS = {  # name: w_t from the token's probability p and the entropy there, w
 
 
 def imitation_loss(logprob, entropy, mask, weight):
-    """Sum of weighted token losses over the tokens of the batch. (B, N) -> scalar."""
+    """Sum of weighted token losses. (B, N) -> scalar, to be divided by the tokens of the step."""
     logp = logprob[mask]
     with torch.no_grad():
         w = WEIGHTS[weight](logp.exp(), entropy[mask])
-    return -(w * logp).sum() / mask.sum()
+    return -(w * logp).sum()
 
 
 @dataclass
-class RunConfig:
+class RunConfig(PromptConfig):
     """Options that sft.py and grpo.py share."""
     init: str = option(None, "model to start from (default: the base; sft.py on a file: none)")
     data: str = option("world", "world, or a .jsonl or .json file")
     out: str = option(None, "run directory (default: runs/ and what the run is)")
     examples: int = option(2000, "how many questions of the world to use: its first ones", least=1)
     steps: int = option(None, "training steps", least=1)
-    lr: float = option(None, "peak learning rate")
+    lr: float = option(None, "peak learning rate (default: see default_lr)")
     warmup: int = option(20, "steps until the peak learning rate", least=0)
     save_every: int = option(50, "steps between checkpoints", least=1)
     eval_every: int = option(0, "steps between evaluations on val; 0: first and last", least=0)
@@ -67,11 +70,18 @@ class RunConfig:
     device: str = option(DEVICE, "cpu or cuda", ("cpu", "cuda"))
     resume: bool = option(False, "go on where the run in OUT stopped")
     skip_bad_rows: bool = option(False, "count and skip bad rows of a file instead of stopping")
+    micro_batch: int = option(0, "questions per pass, gradients add up; 0: a step's", least=0)
+    recompute: bool = option(False, "run each layer again backward instead of keeping activations")
+    freeze_vision: bool = option(False, "train the decoder and what joins the ViT to it alone")
+    lora_rank: int = option(0, "of adapters on a frozen decoder; 0: train the weights", least=0)
+    lora_alpha: float = option(32.0, "adapters are scaled by this over the rank")
+    lora_targets: str = option("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+                               "which matrices of the decoder get adapters")
 
 
 @dataclass
 class Config(RunConfig):
-    """Options of sft.py. lr: 1e-2 from scratch, else 3e-3; steps: by epochs, 2000 for the base."""
+    """Options of sft.py. steps: by epochs, 2000 for the base."""
     stage: str = option("sft", "base: mixed pretraining from scratch; sft", ("base", "sft"))
     size: str = option("s", "size of a model made from scratch", tuple(SIZES))
     traces: str = option("canonical", "canonical, verbose, answer, or a file of rollouts")
@@ -91,8 +101,15 @@ class Run:
         self.keep = getattr(config, "keep", "").split(",")
         self.out = pathlib.Path(config.out)
         self.state = self.out / "training" / "state.safetensors"
-        self.optimizers = make_optimizers(model, config.lr)
-        self.names = {p: name for name, p in model.named_parameters()}
+        if config.lora_rank:
+            torch.manual_seed(config.seed)
+            add_lora(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.init)
+        if config.freeze_vision:
+            model.vision.requires_grad_(False)
+        if config.recompute:
+            recompute_activations(model)
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.optimizers = make_optimizers(self.trained, config.lr)
         self.claim()
         self.sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop,
                                torch.bfloat16 if config.device == "cuda" else None)
@@ -118,42 +135,49 @@ class Run:
                 if line.endswith("}") and json.loads(line)["step"] <= self.step]
         write_text(path, "".join(line + "\n" for line in kept))
 
+    def states(self):
+        """[(name, parameter, its optimizer)] of all that is trained."""
+        names = {p: name for name, p in self.trained.items()}
+        return [(names[p], p, optimizer) for optimizer in self.optimizers
+                for p in optimizer.param_groups[0]["params"]]
+
     def restore(self):
         tensors = load_file(self.state, device=self.config.device)
         with safe_open(self.state, "pt") as file:
             self.step = int(file.metadata()["step"])
-        weights = {n[6:]: t for n, t in tensors.items() if n.startswith("model/")}
-        check_tensors(self.model.state_dict(), weights, self.state)
-        self.model.load_state_dict(weights)
-        for optimizer in self.optimizers:
-            for p in optimizer.param_groups[0]["params"]:
-                prefix = f"optimizer/{self.names[p]}/"
-                optimizer.state[p] = {name.removeprefix(prefix): tensor for name, tensor
-                                      in tensors.items() if name.startswith(prefix)}
+        weights = {n[:-7]: t for n, t in tensors.items() if n.endswith("/weight")}
+        check_tensors(self.trained, weights, self.state)
+        for name, p, optimizer in self.states():
+            found = {key: tensor for place, _, key, tensor in
+                     ((*n.rpartition("/"), t) for n, t in tensors.items()) if place == name}
+            p.data.copy_(found.pop("weight"))
+            optimizer.state[p] = found
 
     def save(self):
         """The checkpoint that others open; last, in one atomic file, the state to resume from."""
         if str(self.step) in self.keep:
             save(self.model, self.processor, self.out / f"step-{self.step}")
         save(self.model, self.processor, self.out)
-        tensors = {f"model/{n}": t for n, t in self.model.state_dict().items()}
-        for optimizer in self.optimizers:
-            for p, state in optimizer.state.items():
-                tensors.update({f"optimizer/{self.names[p]}/{k}": t for k, t in state.items()})
+        tensors = {f"{name}/{key}": tensor for name, p, optimizer in self.states()
+                   for key, tensor in dict(optimizer.state[p], weight=p).items()}
         steps = dict(step=str(self.step), steps=str(self.config.steps))
         write_tensors(self.state, tensors, steps)
 
-    def update(self, loss, examples):
-        """One optimizer step -> gradient norm. Stops on a loss that is not a number."""
+    def update(self, losses, examples):
+        """One optimizer step along the sum of some losses, each made when the one before has left
+        its gradient -> loss and gradient norm. Stops on a loss that is not a number."""
+        total = 0.0
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+        for loss in losses:
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0).item()
+        if not (math.isfinite(total) and math.isfinite(norm)):
             ids = ", ".join(example.id for example in examples)
-            sys.exit(f"error: step {self.step + 1}: loss {loss.item()} or gradient norm "
-                     f"{norm.item()} is not finite; batch: {ids}. The last checkpoint in "
-                     f"{self.out} is intact; a lower --lr is the usual cure")
+            sys.exit(f"error: step {self.step + 1}: loss {total} or gradient norm {norm} is not "
+                     f"finite; batch: {ids}. The last checkpoint in {self.out} is intact; a lower "
+                     "--lr is the usual cure")
         share = min(1.0, (self.step + 1) / max(1, self.config.warmup))
         if self.decay:               # linear to a tenth
             share *= 1 - 0.9 * self.step / self.config.steps
@@ -161,7 +185,7 @@ class Run:
             group = optimizer.param_groups[0]
             group["lr"] = share * group.setdefault("peak", group["lr"])
             optimizer.step()
-        return norm.item()
+        return dict(loss=total, grad_norm=norm)
 
     def validate(self):
         """Greedy accuracy on the split val (never trained on, not the test)."""
@@ -207,13 +231,23 @@ class Run:
         signal.signal(signal.SIGINT, before)
 
 
-def make_optimizers(model, lr):
-    """Muon for the matrices of the layers, AdamW for tables, norms, biases and the convolution."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for n, p in named if p.ndim == 2 and ("layers." in n or "connector" in n)]
-    rest = [p for n, p in named if not any(p is m for m in matrices)]
-    return (torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=lr / 3, betas=(0.9, 0.95), weight_decay=0.0))
+def make_optimizers(trained, lr):
+    """Muon for the matrices of the layers, AdamW for tables, norms, biases, convolution, LoRA."""
+    matrices = [p for n, p in trained.items() if p.ndim == 2 and "lora_" not in n
+                and re.search(r"layers\.|blocks\.|connector|merger", n)]
+    rest = [p for p in trained.values() if not any(p is m for m in matrices)]
+    muon = functools.partial(torch.optim.Muon, lr=lr, weight_decay=0.0,
+                             adjust_lr_fn="match_rms_adamw")
+    adamw = functools.partial(torch.optim.AdamW, lr=lr / 3, betas=(0.9, 0.95), weight_decay=0.0)
+    return [make(some) for make, some in ((muon, matrices), (adamw, rest)) if some]
+
+
+def default_lr(c, model, small, published):
+    """small: what val chose for the tabletop's models; published: the paper's, for checkpoints of
+    that kind, with LoRA ten times as much."""
+    if sum(p.numel() for p in model.parameters()) < 5e7:
+        return small
+    return published * (10 if c.lora_rank else 1)
 
 
 def finished(out):
@@ -233,6 +267,13 @@ def base_model(device):
         command[0] = pathlib.Path(__file__).with_name(command[0])
         subprocess.run([sys.executable, *command], check=True)
     return "runs/base"
+
+
+def starting_model(c):
+    """-> model and processor that a run starts from; frozen weights are kept in bf16 on CUDA."""
+    c.init = c.init or base_model(c.device)
+    thin = c.lora_rank and c.device == "cuda"
+    return load(c.init, c.device, torch.bfloat16 if thin else torch.float32, c.prompt())
 
 
 def read_traces(path):
@@ -267,7 +308,6 @@ def pick(count, batch, step, seed):
 def main(c):
     c.out = c.out or f"runs/{c.stage}"
     scratch = c.stage == "base" or c.init is None and c.data != "world"
-    c.lr = c.lr or (1e-2 if scratch else 3e-3)
     c.steps = c.steps or (2000 if c.stage == "base" and c.data == "world" else None)
     examples = training_examples(c)
     c.steps = c.steps or c.epochs * max(1, len(examples) // c.batch)
@@ -275,25 +315,30 @@ def main(c):
         text = [examples[i] for i in range(min(3000, len(examples)))]
         if c.data == "world":
             text += [data.world_example("train", i, "verbose") for i in range(600)]
-        model, processor = fresh(c.size, text, c.seed)
+        model, processor = fresh(c.size, text, c.seed, c.prompt())
         model.to(c.device)
     else:
-        c.init = c.init or base_model(c.device)
-        model, processor = load(c.init, c.device)
+        model, processor = starting_model(c)
+    c.lr = c.lr or default_lr(c, model, 1e-2 if scratch else 3e-3, 1e-5)
     run = Run(c, model, processor, decay=True)
 
     def one_step(step):
         some = [examples[i] for i in pick(len(examples), c.batch, step, c.seed)]
-        prompts = processor.batch(some).to(c.device)
-        ids, lengths = data.pad_rows([processor.response_ids(e.response) for e in some],
-                                     processor.pad)
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(c.device)
-        with run.autocast():
-            logprob, entropy = model.score(prompts, ids.to(c.device), mask)
-            loss = imitation_loss(logprob, entropy, mask, c.weight)
-        norm = run.update(loss, some)
-        return dict(loss=loss.item(), entropy=entropy.sum().item() / mask.sum().item(),
-                    grad_norm=norm, tokens=int(mask.sum()))
+        rows, entropies = [processor.response_ids(example.response) for example in some], []
+        tokens, size = sum(map(len, rows)), c.micro_batch or len(some)
+
+        def losses():
+            for part in (slice(start, start + size) for start in range(0, len(some), size)):
+                prompts = processor.batch(some[part]).to(c.device)
+                ids, lengths = (x.to(c.device) for x in data.pad_rows(rows[part], processor.pad))
+                mask = up_to(lengths)
+                with run.autocast():
+                    logprob, entropy = model.score(prompts, ids, mask)
+                entropies.append(entropy.sum().item())
+                yield imitation_loss(logprob, entropy, mask, c.weight) / tokens
+
+        figures = run.update(losses(), some)
+        return figures | dict(entropy=sum(entropies) / tokens, tokens=tokens)
 
     run.train(one_step)
 

@@ -72,6 +72,21 @@ def tokenizer():
     return tokenizer
 
 
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """A run directory of size s that has not learnt anything, but attends: a fresh model's layers
+    are the identity, and tests on it would not see what attention does."""
+    import data
+    import model as models
+    model, processor = models.fresh("s", [data.base_example(i) for i in range(2000)], 0)
+    for weight in model.parameters():
+        if not weight.any() and weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.05)
+    out = tmp_path_factory.mktemp("start")
+    models.save(model, processor, out)
+    return out
+
+
 @pytest.fixture
 def checkpoint(tmp_path, tokenizer):
     """make(family, tied=False) -> (directory, transformers' model), weights large enough that

@@ -16,6 +16,7 @@ import sys
 import numpy
 import pytest
 import torch
+from conftest import QWEN_TEMPLATE
 from PIL import Image, ImageChops
 from tokenizers import Tokenizer
 
@@ -377,7 +378,7 @@ def test_fuzz_rows(read, processor):
             example = read(bad)[-1]
         except data.DataError:
             continue
-        text, tiles = processor.prompt(example)
+        text, tiles, _ = processor.prompt(example)
         assert processor.encode(text).count(processor.image) == 16 * len(tiles), bad
         assert processor.image not in processor.response_ids(example.response), bad
         assert example.answer.strip() and len(tiles) == len(example.images), bad
@@ -490,7 +491,8 @@ def test_pixels_are_those_of_transformers(longest_edge):
         tiles, rows, columns = data.image_tiles(image, 32, longest_edge)
         expected = theirs(image, return_tensors="pt", return_row_col_info=True)
         assert (expected["rows"], expected["cols"]) == ([[rows]], [[columns]]), size
-        assert torch.equal(expected["pixel_values"][0], data.pixel_tensor(tiles)), size
+        ours = [data.pixel_array(tile, (0.5,) * 3, (0.5,) * 3) for tile in tiles]
+        assert numpy.array_equal(expected["pixel_values"][0].numpy(), ours), size
     for size in ((1, 1), (1, 3000), (3000, 1), (3, 1)):     # transformers takes these for channels
         tiles, _, _ = data.image_tiles(Image.new("RGB", size), 32, longest_edge)
         assert {tile.size for tile in tiles} == {(32, 32)}
@@ -517,9 +519,57 @@ def test_prompts_are_those_of_transformers(processor, question, sizes, longest_e
     template = theirs.apply_chat_template(turns, add_generation_prompt=True)
     expected = theirs(text=template, images=images or None, return_tensors="pt",
                       add_special_tokens=False)
-    ours = data.Processor(processor.tokenizer, 32, 16, longest_edge)
+    ours = data.Processor(processor.tokenizer, 32, 16, dict(longest_edge=longest_edge))
     example = data.Example("x", question, "a", images=images, system=system)
     batch, ids = ours.batch([example]), expected["input_ids"]
     assert ours.prompt(example)[0] == tokens.decode(ids[0], skip_special_tokens=False)
     assert torch.equal(batch.ids, ids) and batch.lengths.tolist() == [ids.shape[1]]
     assert torch.equal(batch.pixels, expected.get("pixel_values", [batch.pixels[:0]])[0])
+
+
+@pytest.mark.parametrize("edge", [84, 200, 512])
+def test_qwen_pixels_are_those_of_transformers(tokenizer, edge):
+    """Bit for bit, on some 200 sizes; a cap on the area, whatever the shape."""
+    module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    theirs = module.Qwen2VLImageProcessorPil(size=dict(shortest_edge=3136, longest_edge=edge ** 2))
+    ours = data.QwenProcessor(tokenizer, 28, 1, dict(longest_edge=edge))
+    rng = random.Random(edge)
+    sizes = [(28, 28), (2, 2), (400, 2), (2, 399), (512, 512), (513, 511), (14, 42), (300, 1000)]
+    for size in sizes + [(rng.randint(2, 400), rng.randint(2, 400)) for _ in range(60)]:
+        expected = theirs(picture(0, *size), return_tensors="pt")
+        _, (patches,), (grid,) = ours.picture(picture(0, *size))
+        assert expected["image_grid_thw"].tolist() == [[1, 2 * grid[0], 2 * grid[1]]], size
+        assert numpy.array_equal(expected["pixel_values"].numpy(), patches), size
+        assert 784 * grid[0] * grid[1] <= max(edge ** 2, 784 * max(grid))
+    with pytest.raises(data.DataError, match="401x2"):
+        ours.picture(picture(0, 401, 2))
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+@pytest.mark.parametrize("question, sizes", [
+    ("How many? 12 × 3", []), ("<image>How many?", [(64, 64)]),
+    ("What is in <image> and not in\n<image>?", [(32, 32), (200, 60)])])
+def test_qwen_prompts_are_those_of_its_template(tokenizer, question, sizes, system):
+    """The public chat template, its one pad repeated for each piece of picture; M-RoPE as the
+    paper draws it: a picture's tokens share a time, text goes on from the largest position."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.to_str()), chat_template=QWEN_TEMPLATE)
+    ours = data.QwenProcessor(tokenizer, 28, 1)
+    content = [dict(type="image") if part == data.IMAGE else dict(type="text", text=part)
+               for part in re.split(f"({data.IMAGE})", question) if part]
+    turns = [dict(role="system", content=system)] * bool(system)
+    text = theirs.apply_chat_template(turns + [dict(role="user", content=content)], tokenize=False,
+                                      add_generation_prompt=True)
+    example = data.Example("x", question, "1", system=system,
+                           images=[picture(i, *size) for i, size in enumerate(sizes)])
+    batch = ours.batch([example])
+    for rows, columns in batch.grids.tolist():
+        text = text.replace("<|image_pad|>", "<pad here>" * rows * columns, 1)
+    text = text.replace("<pad here>", "<|image_pad|>")
+    assert theirs(text, add_special_tokens=False)["input_ids"] == batch.ids[0].tolist()
+    after = 0
+    for token, place in zip(batch.ids[0], batch.positions[0].tolist()):
+        if token != ours.image:
+            assert place == [after + 1] * 3 or after == 0 and place == [0, 0, 0]
+        after = max(place)

@@ -2,6 +2,9 @@
 import itertools
 import json
 import math
+import pathlib
+import random
+import time
 
 import pytest
 import torch
@@ -11,53 +14,187 @@ import evaluate
 import kernels
 import model as models
 
-RIGHT = [("5", "5"), (" 5 ", "5"), ("5.", "5"), ("5.0", "5"), ("05", "5"), ("+5", "5"),
-         ("-3", "-3"),
-         ("0.5", "1/2"), ("2/4", "1/2"), (".5", "0.5"), ("1,234", "1234"), ("$12", "12"),
-         ("50%", "50"), ("Yes", "yes"), ("yes.", "yes"), ("'Blue'", "blue"),
-         ("dark  red", "Dark red"),
-         ("[1, 2, 30, 40]", "[1, 2, 30, 40]"), ("[2,2,30,40]", "[1, 2, 30, 40]"),
-         ("[1.0, 2.0, 30.5, 40]", "[1, 2, 30, 40]")]
-WRONG = [("6", "5"), ("5 6", "5"), ("55", "5"), ("", "5"), ("five", "5"), ("-5", "5"), ("5/0", "5"),
-         ("1e3", "1000"), ("no", "yes"), ("yes no", "yes"), ("", "yes"), (".", "yes"),
-         ("1,23", "123"),
-         ("[30, 40, 1, 2]", "[1, 2, 30, 40]"), ("[0, 0, 64, 64]", "[1, 2, 10, 10]"),
-         ("[1, 2, 30]", "[1, 2, 30, 40]"), ("5", "[1, 2, 30, 40]"), ("[1, 2, 30, 40]", "5"),
-         ("5" * 300, "5"), ("nan", "5"), ("inf", "5"), ("٥", "5x")]
-CHOICES = ["6", "3", "4", "2"]
+REAL = pathlib.Path(__file__).parents[2] / "shared" / "data" / "geometry3k"
+BOX, TENTH = "[1, 2, 30, 40]", "Find x. Round to the nearest tenth, if necessary."
+CHOICES, LENGTHS = ["6", "3", "4", "2"], ["5 cm", "5 m", r"$\frac{13}{2}$ cm", "2√3 cm"]
+PICKS = ["green square", "B", "A"]
+
+TRUTH = [  # gold, answers that are right, answers that are wrong[, question[, choices]]
+    ("5", ["5", " 5 ", "5.", "5.0", "05", "+5", "5,", "**5**", "$5", "$5$", "5.000", "10/2", "٥",
+           r"\(5\)", r"\[5\]", r"\boxed{5}", "x = 5", "x=5", "$x = 5$", "= 5", r"\text{5}",
+           "(5)", "AB = 5", "5 cm", "5 units", "5^\\circ", "5%", r"\frac{10}{2}", r"\sqrt{25}",
+           "√25", "500%", "-(-5)", r"x \approx 5", "Area = 5", r"\mathrm{5}"],
+     ["6", "5 6", "55", "", " ", "five", "-5", "5/0", "5 or 6", "5, 6", "5 and 6", "5 = 5 = 5 = 6",
+      "nan", "inf", "5" * 300, "5 because it is so", "The answer is 5", "5.1", "5.0001", "5 apples",
+      BOX, "5±1", "3x = 5", "x/2 = 5", "x = y", "5 5", "[5]", "{5,6}", "(5", "5)", "5e", "0x5",
+      "What is x?", r"\boxed{6}", "5$6", r"5\,6", "5j", "sqrt(-25)", "--", "5 ≤ x", "x ≠ 5", "0",
+      "5²", "2+3", "2 × 2.5", "(2)(2.5)", "10 - 5", "2 + 3 = 5", r"\frac{2+3}{1}", "(2)+(3)"]),
+    ("43", ["43"], ["17 + 26", "17+26", "What is 17 + 26?", "17 + 26 = 43"], "What is 17 + 26?"),
+    ("10-12", ["10-12", "10–12"], ["-2", "10", "11"]), ("2020-01-05", ["2020-01-05"], ["2014"]),
+    ("7/25", ["7/25", "0.28", "7/ 25"], ["7/25 7/25", "7/ 25 7/25", "25/7", "7/25 or 1"], TENTH),
+    ("-5", ["-5", "−5", "–5", "- 5", "x = -5", "-5.0", r"$-5$", "-10/2"],
+     ["0-5", "5", "+5", "5-", "(5)", "-50", "-0.5"]),
+    ("0", ["0", "0.0", "-0", "0/7", "0%"], ["", "1", "o", "zero", "no", "0/0", "-", "1e-9"]),
+    ("10", ["10", "10.", r"10\%", "1e1", "0010"], ["1", "100", "01", "1 0", "1.0", "10%%"]),
+    ("1234", ["1,234", "1234", "1234.0", "$1,234", r"1\,234", "1{,}234", r"1,\!234", "1234.00"],
+     ["1,23", "1,2345", "1.234", "1 234", "12,34", "234", "1,234,000"]),
+    ("1,234,567", ["1234567", "1,234,567"], ["1234", "1,234", "1,234,5670"]),
+    ("1000", ["1e3", "10^3", r"1 \times 10^3", "10**3", "10^{3}", "1E3", "1.0e+3"],
+     ["1e4", "1e", "e3", "10^30", "10*3", "1e333"]),
+    ("1/2", ["0.5", "1/2", "2/4", ".5", "50%", r"\frac{1}{2}", r"\frac12", r"\dfrac{1}{2}",
+             r"\tfrac 1 2", "0.50", r"$\frac{1}{2}$", "1 / 2", "2^-1", "2^{-1}", "1÷2"],
+     ["0.51", "1/3", "2", "12", "1 2", "5%", "50", "-1/2", "0.4", "1/2/2"]),
+    ("13/2", ["6.5", r"\frac{13}{2}", "6 1/2", r"6\frac{1}{2}", r"6\frac12", "6.50", "13/2 cm",
+              r"\frac{26}{4}", r"y = \frac{13}{2}", "650%"],
+     ["6.4", "7", "6", "13", "2/13", r"\frac{2}{13}", "6.51", "61/2", "132", r"\frac{13}2 3"]),
+    ("-13/2", ["-6.5", r"-\frac{13}{2}", "-6 1/2", r"\frac{-13}{2}", r"-6\frac{1}{2}"],
+     ["6.5", "-5.5", r"\frac{13}{2}"]),
+    ("1/3", ["0.333", "0.3333", "1/3", r"\frac{1}{3}", "2/6", "33.33%"],
+     ["0.33", "0.3", "0.34", "3", "33", "0.334"]),
+    ("13/3", ["4.33", "4.333", "4 1/3", r"4\frac{1}{3}"], ["4.3", "4", "4.34", "3/13"]),
+    ("0.33", ["0.33", "1/3", "0.333", "33%", ".33"], ["0.3", "0.34", "0.4", "3.3", "0.033"]),
+    ("0.5", ["0.5", "1/2", "50%", ".5", r"50\%", "0.500"], ["0.51", "0.45", "5", "0.54", "5%"]),
+    ("50%", ["50%", "50", "0.5", r"50\%", "1/2", "50 percent"], ["5", "0.05", "500", "51%"]),
+    ("18.8", ["18.8", "18.81", "18.80", "18.8 cm", "8√(10-2√5)"], ["18.9", "19", "188", "18"]),
+    ("3.14", ["3.14", "pi", "π", "3.142", "22/7"], ["3.1", "3", "314", "3.15", "3.2"]),
+    ("pi", ["π", r"\pi", "pi", "3.14", "3.1416", "180pi/180", "22/7"],
+     ["3", "3.1", "p", "pie", "3.15", "π²", "2π"]),
+    ("2*sqrt(21)", [r"2\sqrt{21}", "2√21", "2 sqrt(21)", "9.165", "9.17", r"2 \cdot \sqrt{21}",
+                    r"\sqrt{84}", "√84", r"2\sqrt{21}\text{ cm}", "2*21^(1/2)", "2·21^0.5"],
+     ["9", "9.2", "221", r"\sqrt{21}", r"2\sqrt{12}", "2*21", r"\sqrt{2\cdot 21}", "√21/2"]),
+    ("5*sqrt(13)", [r"5\sqrt{13}", "18.03", "18.0278", r"\sqrt{325}", "x = 5√13"], ["18", "18.1"]),
+    (r"\sqrt[3]{8}", ["2", "8^{1/3}", "2.0"], ["8/3", "2.001", r"\sqrt{8}", "-2"]),
+    ("-9*sqrt(3)+9*pi/2+114", ["112.55", r"114 + \frac{9\pi}{2} - 9\sqrt{3}", "114+4.5π-9√3"],
+     ["114", "113", r"114 + \frac{9\pi}{2} + 9\sqrt{3}", "9*sqrt(3)+9*pi/2+114"]),
+    ("15*sin(61*pi/180)", [r"15\sin 61^\circ", r"15 \sin(61^{\circ})", "13.119", "15sin(61°)",
+                           r"15 \cos\left(29^\circ\right)"], ["15", "15sin(61)", "13", "15*61"]),
+    ("180*asin(2/3)/pi", ["41.81", r"\frac{180}{\pi}\arcsin(2/3)", "41.8°"], ["42", "0.7297"]),
+    ("2**(3/4)*sqrt(8)", ["4.757", "2^{3/4}*2√2"], ["4.7", "2"]), ("-3^2", ["-9"], ["9"]),
+    ("2^3^2", ["512"], ["64"]), ("64*pi/5", ["64pi/5", r"\frac{64\pi}{5}", "40.2", "12.8π"],
+                                 ["64/5", "40", "64", r"\frac{64}{5\pi}", "64+pi/5"]),
+    ("12^\\circ", ["12", "12°", r"12^{\circ}", "12 degrees", r"12\degree", "m∠A = 12°", "12∘",
+                   r"m\angle ABC = 12", "m∠1 = 12"], ["12 cm", "120", "12°C", "12%", "12°°", "°"]),
+    ("5 cm", ["5", "5cm", "5 centimeters", "5.0 cm", r"5\text{ cm}", r"5\mathrm{~cm}", "5 CM."],
+     ["5 m", "5 mm", "5 cm^2", "5 km", "6 cm", "5°", "cm", "5 cmm"]),
+    ("60 cm^2", ["60", "60 cm²", "60 square centimeters", r"60\text{ cm}^2", "60 sq. cm",
+                 "60 cm^{2}", "60 sq cm"], ["60 cm", "60 m^2", "60 cm^3", "60^2", "6 cm^2"]),
+    ("12 in", ["12 inches", "12in.", "12", "12 inch"], ["12 ft", "12 feet", "1 foot", "12 m"]),
+    ("8*sqrt(10-2*sqrt(5))", ["18.8", "18.81", "18.809", r"8\sqrt{10-2\sqrt{5}}", "x = 18.8",
+                              "18.76"], ["18.9", "19", "18", "18.7", "18.86"], TENTH),
+    ("25/4", ["6.3", "6.25", "25/4", "6 1/4"], ["6.2", "6", "6.4"], TENTH),
+    ("-25/4", ["-6.2", "-6.25"], ["-6.3", "-6", "6.2"], TENTH),
+    ("12/13", ["0.92", "12/13", "0.923", "92%"], ["0.93", "0.9", "1"],
+     r"Express the ratio of \cos A as a decimal to the nearest hundredth."),
+    ("180*acos(12/13)/pi", ["23", "22.6", "23°", r"23^\circ"], ["22", "24", "2"],
+     "What is the measure of angle A, to the nearest degree?"),
+    ("2*sqrt(5)", ["4", "4.47", "2√5"], ["5", "4.5"], "Round to the nearest whole number."),
+    ("7.4638", ["7.464", "7.4638"], ["7.463", "7.46"], "Answer to the nearest thousandth."),
+    ("7.5", ["7.5", "15/2"], ["8", "7"], "Which tree is nearest the house?"),
+    ("Yes", ["yes", "YES", "yes.", " yes ", "'yes'", r"\text{Yes}", "**Yes**", "$yes$", "y = yes"],
+     ["no", "yes no", "", ".", "yes, because", "0", "1", "ye s"]),
+    ("dark red", ["dark  red", "Dark red.", "dark\nred", '"Dark Red"'], ["red", "dark", "darkred"]),
+    ("5 apples", ["5 apples", "5 Apples."], ["5", "apples", "5 cm", "6 apples"]),
+    ("9" * 30, ["9" * 30], ["9" * 29 + "8", "9" * 31, "1e30"]),
+    (BOX, [BOX, "[2,2,30,40]", "[1.0, 2.0, 30.5, 40]", r"\boxed{[1, 2, 30, 40]}"],
+     ["[30, 40, 1, 2]", "[0, 0, 90, 90]", "[1, 2, 30]", "5", "1, 2, 30, 40", f"{BOX} {BOX}"]),
+    *[(gold, ["C", "c", "(C)", "C.", "4", "(C) 4", "C: 4", "C) 4", r"\text{C}", r"\textbf{(C)}",
+              "$4$", "4.0", "x = 4", r"\boxed{C}", r"C. $\frac{8}{2}$", "4 cm"],
+       ["(C) 3", "B", "3", "E", "", "C or B", "Cat", "C) B", "5", "A, B, C, D", "34", "Z", "?"], "",
+       CHOICES) for gold in ("4", "C", "(C)", r"\boxed{C}")],
+    ("A", ["5 cm", "A", "(A) 5 cm"], ["5", "5 m", "B", "5 mm", "6.5"], "", LENGTHS),
+    ("C", ["13/2", "6.5 cm", r"\frac{13}{2}", "c"], ["13", "6", "6.5 m", "3.46"], "", LENGTHS),
+    (r"2\sqrt{3} cm", ["D", "3.464", "(D) 2√3 cm"], ["3", "2√3 m", "(C) 2√3"], "", LENGTHS),
+    ("green square", ["A) Green square", "Green square."], ["green", "B", "A", "C"], "", PICKS)]
 
 
-@pytest.mark.parametrize("answer, gold", RIGHT)
-def test_right(answer, gold):
-    assert evaluate.is_right(answer, gold)
+@pytest.mark.parametrize("row", TRUTH, ids=lambda row: row[0])
+def test_truth(row):
+    gold, right, wrong, question, choices = (*row, "", None)[:5]
+    for expected, answers in ((True, right), (False, wrong)):
+        for answer in answers:
+            assert evaluate.is_right(answer, gold, choices, question) == expected, answer
 
 
-@pytest.mark.parametrize("answer, gold", WRONG)
-def test_wrong(answer, gold):
-    assert not evaluate.is_right(answer, gold)
+def test_truth_is_large_and_balanced():
+    right, wrong = (sum(len(row[i]) for row in TRUTH) for i in (1, 2))
+    assert right + wrong > 500 and abs(right - wrong) < 0.25 * (right + wrong)
 
 
-@pytest.mark.parametrize("answer, right", [
-    ("C", True), ("c", True), ("(C)", True), ("C.", True), ("4", True), ("(C) 4", True),
-    ("C: 4", True), ("(C) 3", False), ("B", False), ("3", False), ("E", False), ("", False),
-    ("C or B", False), ("Cat", False)])
-def test_choices(answer, right):
-    """A letter or its text; a letter with another choice's text is neither."""
-    assert evaluate.is_right(answer, "4", CHOICES) == right
-    assert evaluate.is_right(answer, "C", CHOICES) == right
+def test_repeating_the_question_is_wrong():
+    for gold, _, _, *asked in TRUTH:
+        if asked and asked[0]:
+            assert not evaluate.is_right(asked[0], gold, None, asked[0])
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("5", "5"), ("<think>4</think>5", "5"), (r"\boxed{5}", "5"), (r"so \boxed{5}.", "5"),
+    (r"\boxed{4} and \boxed{5}", "5"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"<think>\boxed{4}</think>\boxed{ 5 }", "5"), (r"<answer>\boxed{5}</answer>", "5"),
+    (r"\boxed{4} <answer>5</answer>", "5"), ("<answer>4</answer><answer> 5 </answer>", "5"),
+    (r"\boxed{\boxed{5}}", "5"), (r"\boxed{5", r"\boxed{5"), (r"<think>\boxed{5}</think>", ""),
+    (r"<think>it must be \boxed{5}", ""), ("<think>5", ""), ("<answer>5", "<answer>5")])
+def test_strip_answer(text, answer):
+    assert data.strip_answer(text) == answer
+
+
+def real_rows():
+    if not REAL.is_dir():
+        pytest.skip("Geometry3K does not lie beside the repository, in ../shared/data")
+    lines = [line for path in sorted(REAL.glob("*.jsonl")) for line in open(path, encoding="utf-8")]
+    return list({row["id"]: row for row in map(json.loads, lines)}.values())
+
+
+def test_real_answers():
+    """Each gold answer of Geometry3K has its value, is right itself and wrong for another."""
+    rows = real_rows()
+    assert len(rows) > 2800
+    for row in rows:
+        gold, value, question = row["answer"], row["answer_value"], row["question"]
+        found, unit = evaluate.number(evaluate.clean(gold))
+        assert math.isclose(found, value, rel_tol=1e-6, abs_tol=1e-6) and unit == "", gold
+        for right in (gold, f"x = {gold}", f"{value:.6f}", rf"\boxed{{{gold}}}"):
+            assert evaluate.is_right(right, gold, None, question), (right, gold)
+        for wrong in (f"{1.02 * value + 1:.6f}", f"{-value - 1:.6f}", gold + " or 3", f"({gold}",
+                      f"({gold})*2 + 1", f"{gold} {gold}", question):
+            assert not evaluate.is_right(wrong, gold, None, question), (wrong, gold)
+
+
+PIECES = [*"()()()[]{}+-*/^.,%=$° \\", *"0123456789", r"\frac", r"\frac{1}{2}", r"\sqrt", "sqrt(",
+          r"\sqrt[3]{", "pi", "π", "√", "**", "−", "1,234", "1e99", "9^9", "sin", r"\cos", "tan(",
+          "asin(", "arccos", r"\boxed{", r"\text{", r"\left(", r"\right)", r"^\circ", "cm", "²",
+          "square ", "x=", "m∠A = ", "(((((((", ")))))))", "{,}", r"\times", "A)", "[1, 2, 3, 4]",
+          "<answer>", "</answer>", "<think>", "</think>", "circles: ", "1 + 1 = ", "٣", "é", "\x00"]
 
 
 def test_grader_survives_anything():
-    """Nothing that a model writes crashes or hangs the grader."""
-    example = data.world_example("test", 2)
-    pick, alphabet = torch.Generator().manual_seed(0), "[](){}<>/\\,.-+*=%$ 0123456789abc\n\x00é٣²"
-    pieces = [*alphabet, "<think>", "</think>", "<answer>", "</answer>", "circles: ", "1 + 1 = "]
-    for _ in range(4000):
-        some = torch.randint(len(pieces), (12,), generator=pick).tolist()
-        response = "".join(pieces[i] for i in some)
-        for gold, choices in ((example.answer, None), ("[1, 2, 3, 4]", None), ("4", CHOICES)):
-            evaluate.is_right(data.strip_answer(response), gold, choices)
-        assert evaluate.grade(response, example).correct in (True, False)
+    """100,000 texts, of random letters and of the grammar's own pieces: no crash, no long wait."""
+    pick, longest = random.Random(0), 0.0
+    example, golds = data.world_example("test", 2), ["5", "1/3", "6.5", "2√3 cm", "yes", BOX]
+    for i in range(100_000):
+        some = pick.choices(PIECES, k=pick.randrange(24)) if i % 2 else [
+            chr(pick.randrange(pick.choice((128, 0x2500)))) for _ in range(pick.randrange(24))]
+        text, begin = "".join(some), time.process_time()
+        if i % 10:
+            evaluate.is_right(*pick.sample([text, golds[i % 6]], 2), None, TENTH * (i % 3))
+        else:
+            evaluate.is_right(text, "4", [*CHOICES, text])
+            assert evaluate.grade(text, example, pick.choice(["tags", "boxed"])).steps is not None
+        longest = max(longest, time.process_time() - begin)
+    assert longest < 1
+
+
+@pytest.mark.parametrize("piece", [
+    "(", "√", "-", "2^", "9", "(9^9)^", "a)", r"\frac", r"\frac1", "1/3+", "π/3+", r"\boxed{",
+    "{", " ", "1,", "1 ", "<answer>", "<think>", "x ", r"\text{", "sin(", "-√", "9e99*",
+    "1/9^9/", "[1,"])
+def test_grader_survives_one_thing_again_and_again(piece):
+    begin = time.process_time()
+    for end in ("", "5", "=", ")" * 200):
+        text = (piece * 400)[:400 - len(end)] + end
+        for answer, gold in ((text, "5"), ("5", text), (text, text)):
+            assert evaluate.is_right(answer, gold) in (True, False)
+            assert evaluate.is_right(answer, gold, [gold, "7"]) in (True, False)
+    assert time.process_time() - begin < 5
 
 
 def test_faithful_and_lucky():
@@ -86,6 +223,23 @@ def test_faithful_and_lucky():
     ("<think>a</think><answer>4</answer><answer>5</answer>", False)])
 def test_format(response, formatted):
     assert evaluate.grade(response, data.Example("x", "?", "5")).formatted == formatted
+
+
+@pytest.mark.parametrize("response, formatted, correct", [
+    (r"<think>a</think>\boxed{5}", True, True), (r"<think>a</think> \boxed{4}", True, False),
+    (r"<think>a</think>\boxed{\frac{10}{2}}", True, True), (r"\boxed{5}", False, True),
+    ("<think>a</think><answer>5</answer>", False, True),
+    (r"<think>a</think>It is \boxed{5}", False, True),
+    (r"<think>a</think>\boxed{5}.", False, True), (r"<think></think>\boxed{5}", False, True),
+    (r"<think>a</think>\boxed{4} \boxed{5}", False, True),
+    (r"<think>a</think>\boxed{5} or {6}", False, True), (r"<think>\boxed{5}", False, False),
+    (r"<think>a</think><answer>\boxed{5}</answer>", False, True),
+    (r"<think>a</think></think>\boxed{5}", False, True), (r"<think>a</think>5", False, True)])
+def test_format_boxed(response, formatted, correct):
+    """\\boxed{} may be the form that is asked for; what is right does not depend on that."""
+    verdict = evaluate.grade(response, data.Example("x", "?", "5"), "boxed")
+    assert (verdict.formatted, verdict.correct) == (formatted, correct)
+    assert evaluate.grade(response, data.Example("x", "?", "5")).correct == correct
 
 
 def test_wilson():

@@ -14,6 +14,13 @@ def options(**changes):
     return types.SimpleNamespace(**(grpo.GRPO | dict(beta=0.0, max_new_tokens=4) | changes))
 
 
+def objective(*tensors):
+    """The loss of a whole minibatch: token losses times token weights."""
+    *_, mask, c = tensors
+    return (grpo.token_loss(*tensors)
+            * grpo.token_weights(mask, c.aggregation, c.max_new_tokens)).sum()
+
+
 def test_advantages():
     """GRPO by hand: rewards 1 0 0 1 have mean 1/2 and unbiased std 1/sqrt(3)."""
     rewards = torch.tensor([[1.0, 0, 0, 1], [2.0, 2, 2, 2]])
@@ -31,7 +38,7 @@ def test_a_failing_grader_teaches_nothing():
     """Its rollout gets advantage 0 and does not move the mean of its siblings."""
     broken = types.SimpleNamespace(answer=None, choices=None, scene=None)
     c = grpo.Config(overlong="keep")
-    assert grpo.reward_parts("<answer>1</answer>", 5, broken, c) is None
+    assert grpo.reward_parts("<answer>1</answer>", 5, broken, "tags", c) is None
     rewards = torch.tensor([[1.0, 0.0, float("nan"), 0.5], [float("nan")] * 4])
     advantage = grpo.group_advantages(rewards, "centred")
     assert advantage[0].tolist() == [0.5, -0.5, 0, 0] and (advantage[1] == 0).all()
@@ -40,11 +47,13 @@ def test_a_failing_grader_teaches_nothing():
 def test_reward_parts():
     """An unparseable answer earns 0; the format part is apart; DAPO's penalty grows at the end."""
     example, c = data.Example("x", "?", "5"), grpo.Config(overlong="penalty", max_new_tokens=48)
-    parts = grpo.reward_parts("<think>a</think><answer>5</answer>", 42, example, c)
+    parts = grpo.reward_parts("<think>a</think><answer>5</answer>", 42, example, "tags", c)
     assert parts == dict(accuracy=1.0, format=1.0, overlong=-0.5)
     assert grpo.total_reward(parts, 0.1) == pytest.approx(0.6)
-    assert grpo.total_reward(grpo.reward_parts("???", 10, example, c), 0.1) == 0
-    assert grpo.reward_parts("", 48, example, c)["overlong"] == -1
+    assert grpo.total_reward(grpo.reward_parts("???", 10, example, "tags", c), 0.1) == 0
+    assert grpo.reward_parts("", 48, example, "tags", c)["overlong"] == -1
+    boxed = grpo.reward_parts("<think>a</think>\\boxed{5}", 42, example, "boxed", c)
+    assert boxed["accuracy"] == boxed["format"] == 1.0
 
 
 def test_equal_groups():
@@ -67,10 +76,10 @@ def test_one_update_has_ratio_one():
     """With w = 1 clip, GSPO and CISPO are the same gradient: comparing them needs minibatches."""
     advantage, mask = torch.tensor([[1.0], [-2.0]]), torch.tensor([[1.0, 1, 0], [1, 1, 1]])
     gradients = []
-    for changes in (dict(), dict(ratio="sequence", aggregation="sequence"), 
+    for changes in (dict(), dict(ratio="sequence", aggregation="sequence"),
                     dict(clip="cispo", clip_high=5.0)):
         logprob = torch.tensor([[-1.0, -2, 0], [-0.5, -1, -3]], requires_grad=True)
-        loss = grpo.policy_loss(logprob, logprob.detach(), None, None, advantage, mask,
+        loss = objective(logprob, logprob.detach(), None, None, advantage, mask,
                                 options(**changes))
         gradients.append(torch.autograd.grad(loss, logprob)[0])
     assert all(torch.allclose(g, gradients[0]) for g in gradients)
@@ -95,13 +104,14 @@ def test_aggregation():
     """Rows of 1 and 3 tokens: mean of means, by tokens, by rows times the limit."""
     loss = torch.tensor([[4.0, 9, 9], [1, 2, 3]])
     mask = torch.tensor([[1.0, 0, 0], [1, 1, 1]])
-    assert grpo.aggregate(loss, mask, "sequence", 5).item() == (4 + 2) / 2
-    assert grpo.aggregate(loss, mask, "token", 5).item() == 10 / 4
-    assert grpo.aggregate(loss, mask, "constant", 5).item() == 1.0
-    nothing = torch.zeros(2, 3)
-    assert all(grpo.aggregate(loss, nothing, how, 5) == 0 for how in ("sequence", "token"))
-    only = torch.tensor([[0.0, 0, 0], [1, 1, 1]])
-    assert grpo.aggregate(loss, only, "sequence", 5).item() == 2.0
+
+    def total(mask, how):
+        return (loss * grpo.token_weights(mask, how, 5)).sum().item()
+
+    assert total(mask, "sequence") == pytest.approx((4 + 2) / 2)
+    assert total(mask, "token") == 10 / 4 and total(mask, "constant") == 1.0
+    assert total(torch.zeros(2, 3), "sequence") == total(torch.zeros(2, 3), "token") == 0
+    assert total(torch.tensor([[0.0, 0, 0], [1, 1, 1]]), "sequence") == 2.0
 
 
 def test_kl_estimators():
@@ -125,16 +135,9 @@ def test_kl_estimators():
 def test_truncated_importance_sampling():
     """π_old / π_sampler, at most C, scales the loss without a gradient of its own."""
     logprob, sampled = torch.zeros(1, 2), torch.tensor([[-3.0, 0.5]])
-    loss = grpo.policy_loss(logprob, logprob, sampled, None, torch.ones(1, 1), torch.ones(1, 2),
+    loss = objective(logprob, logprob, sampled, None, torch.ones(1, 1), torch.ones(1, 2),
                             options(tis=2.0))
     assert loss.item() == pytest.approx(-(2 + torch.tensor(-0.5).exp().item()) / 2)
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    out = tmp_path_factory.mktemp("start")
-    models.save(*models.fresh("s", [data.base_example(i) for i in range(500)], 0), out)
-    return out
 
 
 def train(start, out, **changes):
@@ -170,6 +173,19 @@ def test_kl_starts_at_zero_and_grows(tmp_path, start):
                  overlong="penalty", max_new_tokens=24)
     kl = [row["kl"] for row in rows if "reward" in row]
     assert kl[0] == 0 and kl[2] >= 0
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dapo", "dr_grpo"])
+def test_micro_batches_are_one_batch(tmp_path, start, algorithm):
+    """Gradients of passes add up to those of the whole minibatch, whatever the aggregation: a mean
+    of means over passes of different sizes once was the usual error of gradient accumulation."""
+    ends = []
+    for size in (0, 3):
+        train(start, tmp_path / str(size), algorithm=algorithm, minibatches=1, micro_batch=size,
+              temperature=1.2, overlong="keep", filter="keep")
+        ends.append(models.load(tmp_path / str(size))[0])
+    for first, second in zip(*(model.parameters() for model in ends)):
+        assert torch.allclose(first, second, atol=2e-5)
 
 
 def test_prompt_budgets_are_nested():

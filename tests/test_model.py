@@ -1,6 +1,7 @@
 """A run directory is a Hugging Face checkpoint, loads strictly; a shared prompt changes nothing."""
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -201,10 +202,20 @@ def plain_score(model, processor, examples, ids, mask, group):
     return rows
 
 
-def test_shared_prompt_gives_the_same_gradients(made):
+def in_double(processor):
+    """The same processor, with pictures in fp64."""
+    double, batch = copy.copy(processor), processor.batch
+    double.batch = lambda some: replace(batch(some), pixels=batch(some).pixels.double())
+    return double
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_prompt_gives_the_same_gradients(checkpoint, family):
     """The prompt is read once per group: log-probs and every gradient as the plain way (fp64)."""
-    model, processor = copy.deepcopy(made[0]).double(), made[1]
-    examples = questions(processor, 3)
+    model, processor = models.load(checkpoint(family)[0])
+    model, processor = model.double(), in_double(processor)
+    examples = [replace(example, response=f"<answer>{i} and 7</answer>" * i)
+                for i, example in enumerate(QUESTIONS)]
     ids, mask = responses(processor, examples, 2)
 
     def gradients(loss):
@@ -213,20 +224,97 @@ def test_shared_prompt_gives_the_same_gradients(made):
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
     weight = torch.rand(ids.shape, dtype=torch.double)
-    batch = processor.batch(examples)
-    batch.pixels = batch.pixels.double()
-    logprob, _ = model.score(batch, ids, mask, 2)
+    logprob, _ = model.score(processor.batch(examples), ids, mask, 2)
     shared = gradients((logprob * weight).sum())
-    to_double = processor.batch
-    processor_double = copy.copy(processor)
-    processor_double.batch = lambda some: data.Batch(*(
-        x.double() if x.is_floating_point() else x for x in vars(to_double(some)).values()))
-    rows = plain_score(model, processor_double, examples, ids, mask, 2)
+    rows = plain_score(model, processor, examples, ids, mask, 2)
     plain = gradients(sum((row * weight[r][mask[r]]).sum() for r, row in enumerate(rows)))
     for r, row in enumerate(rows):
         assert torch.allclose(logprob[r][mask[r]], row, atol=1e-9)
     for name in plain:
-        assert torch.allclose(plain[name], shared[name], atol=1e-9), name
+        assert torch.allclose(plain[name], shared[name], atol=1e-8), name
+    models.recompute_activations(model)
+    logprob, _ = model.score(processor.batch(examples), ids, mask, 2)
+    again = gradients((logprob * weight).sum())
+    assert all(torch.equal(again[name], shared[name]) for name in shared)
+
+
+def test_recomputing_keeps_less(checkpoint):
+    """Bytes that autograd keeps for backward, counted as they are saved."""
+    model, processor = models.load(checkpoint("qwen2_vl")[0])
+    ids, mask = responses(processor, QUESTIONS, 2)
+    batch, kept = processor.batch(QUESTIONS), []
+    for thrifty in (False, True):
+        if thrifty:
+            models.recompute_activations(model)
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: sizes.setdefault(x.data_ptr(), (x.nbytes, x))[1], lambda x: x):
+            model.score(batch, ids, mask, 2)
+        parameters = {p.data_ptr() for p in model.parameters()}
+        kept.append(sum(size for place, (size, _) in sizes.items() if place not in parameters))
+    assert kept[1] < 0.5 * kept[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora(checkpoint, tmp_path, family):
+    """It starts as the model that it adapts, trains the adapter alone, is merged on save, and is
+    what peft makes of the adapter's files."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    directory, _ = checkpoint(family)
+    model, processor = models.load(directory)
+    batch = processor.batch(QUESTIONS[:2])
+    with torch.no_grad():
+        before = model.logits(model(batch))
+    models.add_lora(model, 3, 6.0, "q_proj,v_proj,down_proj")
+    assert torch.equal(model.logits(model(batch)), before)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 3 * 2 and all("lora_" in name for name in trained)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.2)
+    with torch.no_grad():
+        adapted = model.logits(model(batch))
+        with models.without_lora(model) as base:
+            assert torch.equal(base.logits(base(batch)), before)
+    assert (adapted - before).abs().max() > 0.1
+    models.save(model, processor, tmp_path / "out")
+    again, _ = models.load(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.allclose(again.logits(again(batch)), adapted, atol=1e-4)
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(directory)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "out" / "adapter").eval()
+    one = processor.batch(QUESTIONS[:1])
+    with torch.no_grad():
+        assert torch.allclose(theirs(**plain_inputs(processor, one)).logits,
+                              model.logits(model(one)), atol=1e-3)
+
+
+def test_lora_on_nothing_is_an_error(checkpoint):
+    model, _ = models.load(checkpoint("idefics3")[0])
+    with pytest.raises(models.CheckpointError, match="--lora-targets query"):
+        models.add_lora(model, 4, 8.0, "query")
+
+
+def test_prompt_is_stored(made, tmp_path):
+    """A system line, an instruction and an answer format: whoever loads a run asks as it did."""
+    model, processor, directory = made
+    example = data.world_example("test", 0)
+    style = dict(system="Be brief.", instruction="Think first.", answer_format="boxed")
+    _, asked = models.load(directory, prompt=style)
+    assert "System: Be brief." in asked.prompt(example)[0]
+    assert "\nThink first.<end_of_utterance>" in asked.prompt(example)[0]
+    assert asked.decode(asked.response_ids("<answer>3</answer>")) == "\\boxed{3}"
+    models.save(model, asked, tmp_path)
+    _, again = models.load(tmp_path)
+    assert again.style == asked.style and again.prompt(example)[0] == asked.prompt(example)[0]
+    assert models.load(directory)[1].style == data.PROMPT
+
+
+def test_a_wrong_tokenizer_is_an_error(made, checkpoint):
+    directory, _ = checkpoint("qwen2_vl")
+    made[1].tokenizer.save(str(directory / "tokenizer.json"))
+    with pytest.raises(models.CheckpointError, match="image_pad.*as None"):
+        models.load(directory)
 
 
 def test_end_mark_counts_and_padding_does_not(made):

@@ -22,14 +22,6 @@ ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="2", CUDA_VISIBLE_DEVICES="")
 ENVIRONMENT.pop("TRITON_INTERPRET", None)
 
 
-@pytest.fixture(scope="session")
-def start(tmp_path_factory):
-    """A model of size s that has not learnt anything yet."""
-    out = tmp_path_factory.mktemp("start")
-    models.save(*models.fresh("s", [data.base_example(i) for i in range(2000)], 0), out)
-    return out
-
-
 def command(script, out, start, *more):
     common = [sys.executable, str(ROOT / script), "--init", str(start), "--out", str(out),
               "--device", "cpu", "--steps", "8", "--save-every", "1", "--eval-examples", "6",
@@ -47,7 +39,9 @@ def metrics(out):
     return [json.loads(line) for line in open(pathlib.Path(out) / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("script, more", [("sft.py", []), ("grpo.py", ["--minibatches", "2"])])
+@pytest.mark.parametrize("script, more", [
+    ("sft.py", []), ("sft.py", ["--lora-rank", "4", "--micro-batch", "3", "--recompute"]),
+    ("grpo.py", ["--minibatches", "2"]), ("grpo.py", ["--lora-rank", "4", "--freeze-vision"])])
 def test_killed_and_resumed_is_never_killed(tmp_path, start, script, more):
     """A resume that forgets the optimizer, the sampler or the data order repeats or skips data.
 
@@ -125,7 +119,7 @@ def test_weights():
     mask = torch.ones(1, 4, dtype=torch.bool)
     for name, loss in published.items():
         expected, = torch.autograd.grad(loss.sum() / 4, logit, retain_graph=True)
-        ours = sft.imitation_loss(torch.sigmoid(logit).log()[None], entropy[None], mask, name)
+        ours = sft.imitation_loss(torch.sigmoid(logit).log()[None], entropy[None], mask, name) / 4
         assert torch.allclose(torch.autograd.grad(ours, logit)[0], expected), name
     entropy = torch.arange(10.0)
     assert sft.WEIGHTS["entropy"](entropy, entropy).tolist() == [0] * 8 + [1] * 2
@@ -135,7 +129,7 @@ def test_weights():
 def test_loss_counts_tokens_only():
     logprob = torch.tensor([[-1.0, -2.0, 0.0], [-3.0, 0.0, 0.0]])
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    assert sft.imitation_loss(logprob, -logprob, mask, "nll").item() == 2.0
+    assert sft.imitation_loss(logprob, -logprob, mask, "nll").item() == 6.0
 
 
 def test_data_order():
@@ -149,7 +143,7 @@ def test_data_order():
 def test_optimizers_share_the_parameters():
     """Every parameter in exactly one of Muon and AdamW; only matrices of layers in Muon."""
     model, _ = models.fresh("s", [data.base_example(i) for i in range(50)], 0)
-    muon, adam = sft.make_optimizers(model, 1e-3)
+    muon, adam = sft.make_optimizers(dict(model.named_parameters()), 1e-3)
     first, second = ({id(p) for p in o.param_groups[0]["params"]} for o in (muon, adam))
     assert not first & second and first | second == {id(p) for p in model.parameters()}
     assert id(model.lm_head.weight) in second
@@ -169,8 +163,8 @@ def test_file_of_rollouts_as_traces(tmp_path, start):
 
 
 def test_learns_by_heart(tmp_path, start):
-    """Sixty steps on eight examples: greedy answers are the traces (the whole loop learns)."""
-    c = sft.Config(init=str(start), out=str(tmp_path), device="cpu", examples=8, batch=8, steps=60,
+    """Ninety steps on eight examples: greedy answers are the traces (the whole loop learns)."""
+    c = sft.Config(init=str(start), out=str(tmp_path), device="cpu", examples=8, batch=8, steps=90,
                    warmup=5, lr=5e-3, eval_examples=1, traces="answer")
     sft.main(c)
     model, processor = models.load(tmp_path)
@@ -178,3 +172,30 @@ def test_learns_by_heart(tmp_path, start):
     rows = evaluate.evaluate(Sampler(model, processor.banned(model.vocabulary), processor.stop),
                              processor, [data.world_example("train", i) for i in range(8)])
     assert sum(row["correct"] for row in rows) >= 7
+
+
+def test_micro_batches_are_one_batch(tmp_path, start):
+    """Gradients of passes of different sizes add up to those of the whole batch."""
+    norms = []
+    for size in (0, 3):
+        out = tmp_path / str(size)
+        sft.main(sft.Config(init=str(start), out=str(out), device="cpu", batch=8, examples=16,
+                            steps=3, eval_examples=1, micro_batch=size, lr=1e-6))
+        norms.append([(r["grad_norm"], r["loss"]) for r in metrics(out) if "loss" in r])
+    assert torch.allclose(*map(torch.tensor, norms), rtol=1e-4)
+
+
+@pytest.mark.parametrize("more, moved", [
+    (dict(freeze_vision=True), {"connector", "text_model", "lm_head"}),
+    (dict(lora_rank=2, lora_targets="q_proj, up_proj"), {"text_model"})])
+def test_what_is_frozen_stays(tmp_path, start, more, moved):
+    sft.main(sft.Config(init=str(start), out=str(tmp_path), device="cpu", batch=8, examples=16,
+                        steps=2, eval_examples=1, warmup=0, **more))
+    before, after = (models.load(path)[0].state_dict() for path in (start, tmp_path))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {part for part in ("vision_model", "connector", "text_model", "lm_head")
+            if any(part in name for name in changed)} == moved
+    if "lora_rank" in more:
+        assert all("q_proj" in name or "up_proj" in name for name in changed)
+        adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        assert len(adapter) == 2 * 2 * 3
