@@ -3,9 +3,10 @@
     python evaluate.py --model runs/grpo      accuracy per split and family with 95 % intervals
     python evaluate.py study                  the whole comparison, as a list of commands
 
-Right: what stands in the last <answer> tags equals the gold answer; numbers by value, words and
-choices by text, boxes by IoU >= 0.5. Formatted: exactly <think>...</think><answer>...</answer>. In
-the tabletop world also faithful: right, with every step of the reasoning true; else lucky.
+Right: what stands in the last <answer> tags or \\boxed{} equals the gold answer; numbers by value,
+worked out, as exactly as the question or the gold's form asks; words and choices by text, boxes by
+IoU >= 0.5. Formatted: exactly <think>...</think> and such an answer. In the tabletop world also
+faithful: right, with every step of the reasoning true; else lucky.
 """
 import argparse
 import base64
@@ -305,9 +306,11 @@ def summaries(rows):
 
 
 def evaluate(sampler, processor, examples, split="", samples=1, temperature=0.0, new_tokens=48,
-             rows_at_once=256, seed=0):
+             seed=0):
     """Answers and grades every example -> rows, one for each answer, in the order of examples."""
-    rows, size = [], max(1, rows_at_once // samples)
+    c = sampler.model.config.text        # as many rows at once as 1,000 tokens each in 1 GiB hold
+    fit = 2 ** 20 // (4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim)
+    rows, size = [], max(1, min(256, fit) // samples)
     for start in tqdm(range(0, len(examples), size), split, leave=False, disable=None):
         some = examples[start:start + size]
         batch = processor.batch(some)
@@ -315,10 +318,11 @@ def evaluate(sampler, processor, examples, split="", samples=1, temperature=0.0,
         rollouts = sampler.generate(batch, samples, new_tokens, temperature, seeds)
         for r, ids in enumerate(rollouts.rows()):
             example, response = some[r // samples], processor.decode(ids)
-            prompt, verdict = batch.ids[r // samples], grade(response, example)
+            prompt = batch.ids[r // samples, :batch.lengths[r // samples]]
+            verdict = grade(response, example, processor.style["answer_format"])
             rows.append(dict(
                 id=example.id, split=split, family=example.family, prompt=example.question,
-                prompt_ids=prompt[:batch.lengths[r // samples]].tolist(), response_ids=ids,
+                prompt_ids=prompt.tolist(), response_ids=ids,
                 logprobs=rollouts.logprobs[r, :len(ids)].tolist(), response=response,
                 answer=example.answer, correct=verdict.correct, formatted=verdict.formatted,
                 faithful=verdict.faithful, truncated=not rollouts.finished[r].item()))
@@ -326,42 +330,41 @@ def evaluate(sampler, processor, examples, split="", samples=1, temperature=0.0,
 
 
 @dataclass
-class PromptConfig:
-    """How a question is asked. What is not given is as the checkpoint stores it."""
-    system: str = option(None, "system line")
+class AskConfig:
+    """Options of every script. What is not given of a prompt is as the checkpoint stores it."""
+    data: str = option("world", "world, or a .jsonl or .json file")
+    system: str = option(None, "system line of the prompt")
     instruction: str = option(None, "text after each question, e.g. to think first")
     answer_format: str = option(None, "tags: <answer>3</answer>; boxed: \\boxed{3}",
                                 ("tags", "boxed"))
     longest_edge: int = option(None, "of a picture, in pixels; Qwen: its square caps the area "
                                      "(default: one tile; Qwen: 512)", least=1)
+    max_new_tokens: int = option(48, "longest answer", least=1)
+    seed: int = option(0, "seed of everything random", least=0)
+    device: str = option(DEVICE, "cpu or cuda", ("cpu", "cuda"))
+    skip_bad_rows: bool = option(False, "count and skip bad rows of a file instead of stopping")
 
     def prompt(self):
-        return {name: getattr(self, name) for name in data.PROMPT
-                if getattr(self, name) is not None}
+        return {name: value for name in data.PROMPT if (value := getattr(self, name)) is not None}
 
 
 @dataclass
-class Config(PromptConfig):
+class Config(AskConfig):
     """Options of evaluate.py (without «study»)."""
     model: str = option("runs/grpo", "directory: a run's, or a downloaded checkpoint's")
     against: str = option(None, "a second model on the same questions: paired bootstrap")
-    data: str = option("world", "world, or a .jsonl or .json file")
     split: str = option("test,ood,text", "splits of the world: train, val, test, ood, text")
     limit: int = option(600, "questions per split", least=1)
     samples: int = option(1, "answers per question; above 1 also pass@k", least=1)
     temperature: float = option(None, "0 is greedy (default: 0 for one sample, else 1)", least=0)
-    max_new_tokens: int = option(48, "longest answer", least=1)
     out: str = option(None, "file for one JSON row per answer")
-    seed: int = option(0, "seed of sampled answers", least=0)
-    device: str = option(DEVICE, "cpu or cuda", ("cpu", "cuda"))
-    skip_bad_rows: bool = option(False, "count and skip bad rows of a file instead of stopping")
 
 
 def answer_all(directory, c):
     """Loads a model and answers every split that the options name."""
-    model, processor = load(directory, c.device)
-    sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop,
-                      torch.bfloat16 if c.device == "cuda" else None)
+    dtype = torch.bfloat16 if c.device == "cuda" else torch.float32
+    model, processor = load(directory, c.device, dtype, c.prompt(), may_differ=False)
+    sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop)
     temperature = c.temperature if c.temperature is not None else float(c.samples > 1)
     rows = []
     for split in c.split.split(",") if c.data == "world" else ["all"]:

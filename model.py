@@ -614,9 +614,10 @@ def load_tensors(directory, expected):
     return tensors
 
 
-def load(directory, device="cpu", dtype=torch.float32, prompt=None):
+def load(directory, device="cpu", dtype=torch.float32, prompt=None, may_differ=True):
     """-> (VLM, Processor) of a run directory or a downloaded SmolVLM, Qwen2-VL or Qwen2.5-VL, its
-    weights in `dtype`. prompt: what differs from the stored prompt. Strict: see check_tensors."""
+    weights in `dtype`. prompt: some of data.PROMPT; may_differ: from what the run stored. Strict:
+    see check_tensors."""
     directory = pathlib.Path(directory)
     with torch.device("meta"):
         model = read_file(lambda path: VLM(read_json(path)), directory / "config.json")
@@ -629,8 +630,12 @@ def load(directory, device="cpu", dtype=torch.float32, prompt=None):
     model.tie()
     files = {name: (directory / name).read_text() for name in SIDE_FILES
              if (directory / name).exists()}
-    stored, c = directory / "prompt.json", model.config.vision
-    style = (read_file(read_json, stored) if stored.exists() else {}) | (prompt or {})
+    path, c = directory / "prompt.json", model.config.vision
+    stored = read_file(read_json, path) if path.exists() else {}
+    style = stored | (prompt or {})
+    if stored and style != stored and not may_differ:
+        raise CheckpointError(f"{path}: this model was trained with {stored}; got {prompt}. "
+                              "Leave these options out, or train with them")
     if model.config.qwen:
         processor = data.QwenProcessor(tokenizer, 2 * c.patch_size, 1, style, files)
     else:

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
-from evaluate import DEVICE, PromptConfig, evaluate, option, read_rows, run_script, summary
+from evaluate import AskConfig, evaluate, option, read_rows, run_script, summary
 from kernels import Sampler
 from model import (SIZES, add_lora, check_tensors, fresh, load, read_json, recompute_activations,
                    save, up_to, write_tensors, write_text)
@@ -53,10 +53,9 @@ def imitation_loss(logprob, entropy, mask, weight):
 
 
 @dataclass
-class RunConfig(PromptConfig):
+class RunConfig(AskConfig):
     """Options that sft.py and grpo.py share."""
     init: str = option(None, "model to start from (default: the base; sft.py on a file: none)")
-    data: str = option("world", "world, or a .jsonl or .json file")
     out: str = option(None, "run directory (default: runs/ and what the run is)")
     examples: int = option(2000, "how many questions of the world to use: its first ones", least=1)
     steps: int = option(None, "training steps", least=1)
@@ -65,11 +64,7 @@ class RunConfig(PromptConfig):
     save_every: int = option(50, "steps between checkpoints", least=1)
     eval_every: int = option(0, "steps between evaluations on val; 0: first and last", least=0)
     eval_examples: int = option(240, "questions of an evaluation", least=1)
-    max_new_tokens: int = option(48, "longest answer", least=1)
-    seed: int = option(0, "seed of everything random", least=0)
-    device: str = option(DEVICE, "cpu or cuda", ("cpu", "cuda"))
     resume: bool = option(False, "go on where the run in OUT stopped")
-    skip_bad_rows: bool = option(False, "count and skip bad rows of a file instead of stopping")
     micro_batch: int = option(0, "questions per pass, gradients add up; 0: a step's", least=0)
     recompute: bool = option(False, "run each layer again backward instead of keeping activations")
     freeze_vision: bool = option(False, "train the decoder and what joins the ViT to it alone")
@@ -192,6 +187,8 @@ class Run:
         c = self.config
         examples = data.load_dataset(c.data, "val", skip_bad_rows=c.skip_bad_rows)
         some = [examples[i] for i in range(min(c.eval_examples, len(examples)))]
+        if not some:                 # a file of fewer than twenty rows
+            return
         self.sampler.refresh()
         figures = summary(evaluate(self.sampler, self.processor, some, "val",
                                    new_tokens=c.max_new_tokens))

@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 import data
 import evaluate
+import kernels
 import model as models
 import sft
 
@@ -199,3 +201,78 @@ def test_what_is_frozen_stays(tmp_path, start, more, moved):
         assert all("q_proj" in name or "up_proj" in name for name in changed)
         adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
         assert len(adapter) == 2 * 2 * 3
+
+
+def smolvlm(hidden, inter, layers, heads, kv_heads, vocabulary, theta, image, shuffle, **vision):
+    """A hub config.json, which leaves out what equals a default."""
+    return dict(model_type="idefics3", image_token_id=image, scale_factor=shuffle,
+                vision_config=vision, text_config=dict(
+                    hidden_size=hidden, intermediate_size=inter, num_hidden_layers=layers,
+                    num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=64,
+                    vocab_size=vocabulary, rope_theta=theta, rms_norm_eps=1e-5))
+
+
+def qwen(kind, hidden, inter, layers, heads, kv_heads, vocabulary, tied, **vision):
+    return dict(model_type=kind, hidden_size=hidden, intermediate_size=inter,
+                num_hidden_layers=layers, num_attention_heads=heads, vocab_size=vocabulary,
+                num_key_value_heads=kv_heads, rms_norm_eps=1e-6, rope_theta=1e6,
+                rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]), image_token_id=151655,
+                tie_word_embeddings=tied, vision_config=vision)
+
+
+SMALL = dict(hidden_size=768, num_attention_heads=12, image_size=512, patch_size=16, shuffle=4)
+SO400M = dict(hidden_size=1152, num_hidden_layers=27, num_attention_heads=16, shuffle=3,
+              intermediate_size=4304, image_size=384, patch_size=14)
+PUBLISHED = {       # name: (config.json of the hub, published millions of parameters)
+    "SmolVLM-256M": (smolvlm(576, 1536, 30, 9, 3, 49280, 1e5, 49190, **SMALL), 256.5),
+    "SmolVLM-500M": (smolvlm(960, 2560, 32, 15, 5, 49280, 1e5, 49190, **SMALL), 507.5),
+    "SmolVLM (2.2B)": (smolvlm(2048, 8192, 24, 32, 32, 49155, 273768, 49153, **SO400M), 2246.3),
+    "Qwen2-VL-2B": (qwen("qwen2_vl", 1536, 8960, 28, 12, 2, 151936, True, hidden_size=1536),
+                    2209.0),
+    "Qwen2.5-VL-3B": (qwen("qwen2_5_vl", 2048, 11008, 36, 16, 2, 151936, True, hidden_size=1280,
+                           out_hidden_size=2048), 3754.6),
+    "Qwen2-VL-7B": (qwen("qwen2_vl", 3584, 18944, 28, 28, 4, 152064, False, hidden_size=3584),
+                    8291.4),
+    "Qwen2.5-VL-7B": (qwen("qwen2_5_vl", 3584, 18944, 28, 28, 4, 152064, False, hidden_size=1280,
+                           out_hidden_size=3584), 8292.2)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    """Hub configs, defaults left out, sum up to the published sizes."""
+    raw, millions = PUBLISHED[name]
+    with torch.device("meta"):
+        model = models.VLM(raw)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def memory(raw, script, rank):
+    """GB on a GPU, computed: what lives through a step, the sampler's cache, and one pass of
+    --micro-batch 1 --recompute over a picture of 512x512 and answers of 256 tokens: of 8 rollouts
+    in GRPO (8 questions a step), of one trace in SFT."""
+    with torch.device("meta"):
+        model = models.VLM(raw)
+        if rank:
+            models.add_lora(model, rank, 32.0, sft.Config.lora_targets)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    every, c = sum(p.numel() for p in model.parameters()), model.config.text
+    total = 2 * every                # frozen in bf16, or what autocast makes of fp32 weights
+    for optimizer in sft.make_optimizers(trained, 1.0):       # weight, gradient, moments in fp32
+        moments = 1 if isinstance(optimizer, torch.optim.Muon) else 2
+        total += 4 * (2 + moments) * sum(p.numel() for p in optimizer.param_groups[0]["params"])
+    tokens = 384 + 256 * (8 if script == "grpo" else 1)
+    if script == "grpo":             # bf16 copy for the sampler, fp32 reference; a bf16 cache
+        total += 0 if rank else (2 + 4) * every
+        total += 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 64 * 640
+    total += tokens * c.num_hidden_layers * c.hidden_size * (4 if rank else 6)   # layers' inputs
+    total += tokens * 2 * (8 * c.hidden_size + 4 * c.intermediate_size)    # one layer, run again
+    return (total + 4 * 4 * kernels.CHUNK + 0.6e9) / 1e9      # chunks of logits; CUDA itself
+
+
+def test_memory_table():
+    """The README's table is what these formulas give."""
+    readme = (ROOT / "README.md").read_text()
+    for name, (raw, _) in PUBLISHED.items():
+        cells = [f"{memory(raw, script, rank):.1f}" for rank in (0, 16)
+                 for script in ("sft", "grpo")]
+        assert re.search(rf"\| {re.escape(name)} +\| " + r" +\| ".join(cells), readme), cells
