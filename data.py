@@ -14,17 +14,15 @@ import pathlib
 import random
 import re
 import zlib
+from collections import namedtuple
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import numpy
 import torch
 from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-MAX_PIXELS = 32_000_000              # a larger image is refused before it is decoded
-CHECKED = set()                      # image files and bytes that were decoded without error
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")      # Pillow's EPS would start Ghostscript
+Image.MAX_IMAGE_PIXELS = 16_000_000  # Pillow refuses to decode more than twice as many
 IMAGE = "<image>"
 LANCZOS = Image.Resampling.LANCZOS
 
@@ -47,12 +45,12 @@ class Example:
     scene: list | None = None        # the truth, in the tabletop world
 
     def pictures(self):
-        return [open_image(image, self.id) for image in self.images]
+        return [one if isinstance(one, Image.Image) else open_image(one) for one in self.images]
 
 
 def reasoned(rationale, answer):
-    """The form that the format reward asks for (R1's)."""
-    return f"<think>{rationale}</think>{bare(answer)}"
+    """The form that the format reward asks for (R1's); without a rationale the answer alone."""
+    return f"<think>{rationale}</think>{bare(answer)}" if rationale else bare(answer)
 
 
 def bare(answer):
@@ -67,15 +65,13 @@ SHAPES = ("circle", "square", "triangle")
 HELD_OUT = {("red", "triangle"), ("blue", "circle")}        # never seen in training
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 KNOWN = [pair for pair in PAIRS if pair not in HELD_OUT]
-SPLITS = ("train", "val", "test", "ood", "text")
+SPLITS = dict(train=range(2, 8), val=[1], test=[0], ood=range(8), text=[0])     # their buckets
+# row and column: 1..4 from the top left; box: x1, y1, x2, y2 in pixels
+Thing = namedtuple("Thing", "colour shape row column box")
 
 
-class Thing(NamedTuple):
-    colour: str
-    shape: str
-    row: int                         # 1..4 from the top
-    column: int                      # 1..4 from the left
-    box: tuple                       # x1, y1, x2, y2 in pixels
+def named(thing):
+    return f"{thing.colour} {thing.shape}"
 
 
 def bucket(things):
@@ -83,19 +79,17 @@ def bucket(things):
     return zlib.crc32(repr(sorted(thing[:4] for thing in things)).encode()) % 8
 
 
-def make_scene(rng, split):
-    """Redraws until the scene belongs to this split, so that no two splits share a scene."""
-    buckets = {"test": (0,), "text": (0,), "val": (1,), "ood": range(8)}.get(split, range(2, 8))
+def make_scene(rng, split, family):
+    """Redraws until the scene has an answer and is this split's: no two splits share a scene."""
     low, high, pairs = (7, 9, PAIRS) if split == "ood" else (2, 6, KNOWN)
     while True:
         things = []
         for cell in rng.sample(range(SIDE * SIDE), rng.randint(low, high)):
             (row, column), size = divmod(cell, SIDE), rng.randint(10, 13)
             x, y = (at * CELL + (CELL - size) // 2 + rng.randint(-1, 1) for at in (column, row))
-            box = (x, y, x + size, y + size)
-            things.append(Thing(*rng.choice(pairs), row + 1, column + 1, box))
-        novel = any((thing.colour, thing.shape) in HELD_OUT for thing in things)
-        if novel == (split == "ood") and bucket(things) in buckets:
+            things += [Thing(*rng.choice(pairs), row + 1, column + 1, (x, y, x + size, y + size))]
+        apt = any(thing[:2] in HELD_OUT for thing in things) == (split == "ood")
+        if apt and bucket(things) in SPLITS[split] and (singles(things) or family != "location"):
             return things
 
 
@@ -103,22 +97,17 @@ def paint(things):
     """The scene as a 64x64 RGB picture."""
     image = Image.new("RGB", (SIDE * CELL, SIDE * CELL), (245, 240, 230))
     pen = ImageDraw.Draw(image)
-    for thing in things:
-        (x1, y1, x2, y2), fill = thing.box, COLOURS[thing.colour]
-        if thing.shape == "circle":
-            pen.ellipse(thing.box, fill)
-        elif thing.shape == "square":
-            pen.rectangle(thing.box, fill)
-        else:
-            pen.polygon([((x1 + x2) / 2, y1), (x2, y2), (x1, y2)], fill)
+    draw = dict(circle=pen.ellipse, square=pen.rectangle, triangle=pen.polygon)
+    for colour, shape, _, _, (x1, y1, x2, y2) in things:
+        corners = [(x1 + x2) / 2, y1, x2, y2, x1, y2] if shape == "triangle" else [x1, y1, x2, y2]
+        draw[shape](corners, COLOURS[colour])
     return image
 
 
 def describe(things):
     """The scene in words: «row 1: red circle 2, blue square 4. row 3: ...» (the columns)."""
-    rows = {}
-    for thing in sorted(things, key=lambda thing: (thing.row, thing.column)):
-        rows.setdefault(thing.row, []).append(f"{thing.colour} {thing.shape} {thing.column}")
+    things = sorted(things, key=lambda thing: (thing.row, thing.column))
+    rows = {t.row: [f"{named(s)} {s.column}" for s in things if s.row == t.row] for t in things}
     return " ".join(f"row {row}: {', '.join(names)}." for row, names in rows.items())
 
 
@@ -126,32 +115,27 @@ def describe(things):
 
 def matching(things, phrase):
     """The things that a phrase like «red circles», «squares» or «blue shape» speaks of."""
-    *colour, shape = phrase.split()
-    shape = shape.removesuffix("s")
+    *colour, shape = phrase.removesuffix("s").split()
     return [t for t in things if colour in ([], [t.colour]) and shape in (t.shape, "shape")]
+
+
+def singles(things):
+    """The things that are the only ones of their kind."""
+    return [thing for thing in things if len(matching(things, named(thing))) == 1]
 
 
 def pick_phrase(rng, things, kind):
     """A noun phrase, four times in five one that the table holds."""
-    colour, shape, *_ = rng.choice(things)
-    if rng.random() < 0.2:
-        colour, shape = rng.choice(KNOWN)
+    thing = rng.choice(things)
+    colour, shape = rng.choice(KNOWN) if rng.random() < 0.2 else thing[:2]
     return {"shape": shape, "colour": f"{colour} shape", "pair": f"{colour} {shape}"}[kind]
 
 
-def count_step(phrase, count):
-    return "count", dict(a=phrase + "s", n=count)
-
-
-def arithmetic(x, sign, y):
-    return "arithmetic", dict(x=x, sign=sign, y=y, n={"+": x + y, "-": x - y, "*": x * y}[sign])
-
-
-# Each ask_* returns what the wording needs, the claims (see CLAIMS) that lead there, the answer.
+# Each ask_* returns what the wording needs, the steps (see CLAIMS) that lead there, the answer.
 def ask_count(rng, things, family):
-    phrase = pick_phrase(rng, things, rng.choice(("shape", "colour", "pair")))
+    phrase = pick_phrase(rng, things, rng.choice(("shape", "colour", "pair"))) + "s"
     count = len(matching(things, phrase))
-    return dict(a=phrase + "s"), [count_step(phrase, count)], str(count)
+    return dict(a=phrase), [f"{phrase}: {count}"], str(count)
 
 
 def ask_pair(rng, things, family):
@@ -163,93 +147,71 @@ def ask_pair(rng, things, family):
     x, y = rng.randint(2, 5), rng.randint(2, 5)
     if n < m if family == "difference" else rng.random() < 0.5:
         a, b, n, m = b, a, m, n
-    sign = ">" if n > m else "<" if n < m else "="
-    end = {"sum": [arithmetic(n, "+", m)], "difference": [arithmetic(n, "-", m)],
-           "cost": [arithmetic(n, "*", x), arithmetic(m, "*", y), arithmetic(n * x, "+", m * y)],
-           "comparison": [("compare", dict(x=n, sign=sign, y=m))]}[family]
-    answer = end[-1][1].get("n", "yes" if n > m else "no")
-    fill = dict(a=a, b=b, x=x, y=y) if family == "cost" else dict(a=a + "s", b=b + "s")
-    return fill, [count_step(a, n), count_step(b, m), *end], str(answer)
-
-
-def singles(things):
-    """The things that are the only ones of their kind."""
-    return [t for t in things if len(matching(things, f"{t.colour} {t.shape}")) == 1]
+    p, q, sign = n * x, m * y, ">" if n > m else "<" if n < m else "="
+    end = dict(sum=[f"{n} + {m} = {n + m}"], difference=[f"{n} - {m} = {n - m}"],
+               cost=[f"{n} * {x} = {p}", f"{m} * {y} = {q}", f"{p} + {q} = {p + q}"],
+               comparison=[f"{n} {sign} {m}"])[family]
+    answer = end[-1].split()[-1] if family != "comparison" else "yes" if n > m else "no"
+    values = dict(a=a + "s", b=b + "s", one=a, other=b, x=x, y=y)
+    return values, [f"{a}s: {n}", f"{b}s: {m}", *end], answer
 
 
 def ask_location(rng, things, family):
-    """None where nothing on the table is the only one of its kind."""
-    single = singles(things)
-    if not single:
-        return None
-    thing = rng.choice(single)
-    name = f"{thing.colour} {thing.shape}"
-    steps = [("place", dict(a=name, row=thing.row, column=thing.column))]
-    return dict(a=name), steps, str(list(thing.box))
+    thing = rng.choice(singles(things))
+    place = f"{named(thing)}: row {thing.row}, column {thing.column}"
+    return dict(a=named(thing)), [place], str(list(thing.box))
 
 
-# family: (how to ask, two wordings of training, one for ood: known words, but never together so)
-FAMILIES = {
-    "count": (ask_count, "How many {a} are there?", "How many {a} do you see?",
-              "How many {a} do you see there?"),
-    "sum": (ask_pair, "How many {a} and {b} are there together?", "What do {a} and {b} add up to?",
-            "What do {a} and {b} together add up to?"),
-    "cost": (ask_pair, "Each {a} costs {x} and each {b} costs {y}. What do they cost together?",
-             "Price of a {a}: {x}, of a {b}: {y}. What does everything cost?",
-             "Each {a} costs {x} and each {b} costs {y}. What does everything cost?"),
-    "difference": (ask_pair, "How many more {a} than {b} are there?",
-                   "By how many do {a} outnumber {b}?",
-                   "By how many more do {a} outnumber {b}?"),
-    "comparison": (ask_pair, "Are there more {a} than {b}?", "Do {a} outnumber {b}?",
-                   "Are {a} more than {b}?"),
-    "location": (ask_location, "Where is the {a}?", "Find the {a}.", "Where do you see the {a}?")}
-CLAIMS = {      # kind: (canonical wording, verbose wording); both spoken and parsed by these
-    "count": ("{a}: {n}", "I count {n} {a}"),
-    "arithmetic": ("{x} {sign} {y} = {n}", "{x} {word} {y} makes {n}"),
-    "compare": ("{x} {sign} {y}", "{x} is {word} {y}"),
-    "place": ("{a}: row {row}, column {column}", "I see the {a} in row {row} and column {column}")}
-WORDS = dict(zip("+-*><=", ("plus", "minus", "times", "more than", "fewer than", "as many as")))
-NOUN = rf"(?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(SHAPES)}|shape)s?"
-FIELDS = dict(a=NOUN, sign=r"[-+*<>=]", word="|".join(WORDS.values()))      # the others: numbers
-PATTERNS = [(kind, re.sub(r"{(\w+)}", lambda f: f"(?P<{f[1]}>{FIELDS.get(f[1], '[0-9]+')})", text))
-            for kind, wordings in CLAIMS.items() for text in wordings]
+FAMILIES = dict(     # two wordings of training, one for ood: known words, but never together so
+    count=("How many {a} are there?", "How many {a} do you see?", "How many {a} do you see there?"),
+    sum=("How many {a} and {b} are there together?", "What do {a} and {b} add up to?",
+         "What do {a} and {b} together add up to?"),
+    cost=("Each {one} costs {x} and each {other} costs {y}. What do they cost together?",
+          "Price of a {one}: {x}, of a {other}: {y}. What does everything cost?",
+          "Each {one} costs {x} and each {other} costs {y}. What does everything cost?"),
+    difference=("How many more {a} than {b} are there?", "By how many do {a} outnumber {b}?",
+                "By how many more do {a} outnumber {b}?"),
+    comparison=("Are there more {a} than {b}?", "Do {a} outnumber {b}?", "Are {a} more than {b}?"),
+    location=("Where is the {a}?", "Find the {a}.", "Where do you see the {a}?"))
+CLAIMS = [           # what a step may say: a pattern of it, its verbose words, when it is true
+    ("{a}: {n}", "I count {n} {a}", lambda a, n: len(a) == n),
+    ("{a}: row {row}, column {column}", "I see the {a} in row {row} and column {column}",
+     lambda a, row, column: (row, column) in [thing[2:4] for thing in a]),
+    (r"{x} \+ {y} = {n}", "{x} plus {y} makes {n}", lambda x, y, n: x + y == n),
+    (r"{x} - {y} = {n}", "{x} minus {y} makes {n}", lambda x, y, n: x - y == n),
+    (r"{x} \* {y} = {n}", "{x} times {y} makes {n}", lambda x, y, n: x * y == n),
+    ("{x} > {y}", "{x} is more than {y}", lambda x, y: x > y),
+    ("{x} < {y}", "{x} is fewer than {y}", lambda x, y: x < y),
+    ("{x} = {y}", "{x} is as many as {y}", lambda x, y: x == y)]
+# what the fields of CLAIMS match; `a` is a phrase, the others are numbers
+GROUPS = {name: f"(?P<{name}>[0-9]+)" for name in ("n", "x", "y", "row", "column")}
+GROUPS["a"] = rf"(?P<a>(?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(SHAPES)}|shape)s?)"
 FILLERS = ("Okay, let me look at the table", "Hmm, let me think about this",
            "Wait, I should check that again", "Let me look once more to be safe",
            "Alright, that seems right", "So now I am sure")
 
 
-def say(kind, values, verbose=False):
-    return CLAIMS[kind][verbose].format(**values, word=WORDS.get(values.get("sign")))
-
-
-def rationale(steps, style, rng=None):
-    """canonical: the claims. verbose: the same claims R1-style, hesitating and checking twice."""
-    if style == "canonical":
-        return ". ".join(say(*step) for step in steps) + "."
-    sentences = [rng.choice(FILLERS[:2])]
+def hesitate(rng, steps):
+    """The sentences of the verbose style: the steps R1-style, hesitating and checking twice."""
+    yield rng.choice(FILLERS[:2])
     for step in steps:
-        sentences.append(say(*step, verbose=True))
+        found = ((re.fullmatch(plain.format(**GROUPS), step), words) for plain, words, _ in CLAIMS)
+        said = next(words.format(**match.groupdict()) for match, words in found if match)
+        yield said
         if rng.random() < 0.4:
-            sentences += [rng.choice(FILLERS[2:4]), say(*step, verbose=True)]
-    return ". ".join(sentences + [rng.choice(FILLERS[4:])]) + "."
+            yield from (rng.choice(FILLERS[2:4]), said)
+    yield rng.choice(FILLERS[4:])
 
 
 def is_true(scene, sentence):
-    """Whether a sentence makes one of the CLAIMS and the scene bears it out."""
-    matches = ((kind, re.fullmatch(pattern, sentence)) for kind, pattern in PATTERNS)
-    kind, found = next(((kind, match) for kind, match in matches if match), (None, None))
-    if found is None:
-        return False
-    if kind in ("count", "place"):
-        things = matching(scene, found["a"])
-        if kind == "count":
-            return len(things) == int(found["n"])
-        return (int(found["row"]), int(found["column"])) in [(t.row, t.column) for t in things]
-    sign = next(s for s, word in WORDS.items() if {s, word} & {*found.groups()})
-    x, y = int(found["x"]), int(found["y"])
-    if kind == "compare":
-        return {">": x > y, "<": x < y, "=": x == y}.get(sign, False)
-    return {"+": x + y, "-": x - y, "*": x * y}.get(sign) == int(found["n"])
+    """Whether a sentence makes one of the CLAIMS, in either wording, and the scene bears it out."""
+    for *wordings, holds in CLAIMS:
+        for wording in wordings:
+            found = re.fullmatch(wording.format(**GROUPS), sentence)
+            if found:
+                return holds(**{name: matching(scene, value) if name == "a" else int(value)
+                                for name, value in found.groupdict().items()})
+    return False
 
 
 def check_steps(scene, text):
@@ -258,23 +220,22 @@ def check_steps(scene, text):
     return [(s, None if s in FILLERS else len(s) < 100 and is_true(scene, s)) for s in sentences]
 
 
-def world_example(split, index, style="canonical"):
-    """Example `index` of a split: the same on every machine, whatever else was drawn before."""
+def world_example(split, index, style="canonical", words=False):
+    """Example `index` of a split: the same on every machine, whatever else was drawn before.
+    style: canonical, verbose or answer; words: the table described instead of painted."""
     if split not in SPLITS:
         raise DataError(f"split {split!r}: the tabletop world has {', '.join(SPLITS)}")
     rng = random.Random(f"{'test' if split == 'text' else split}/{index}")
-    family, question = list(FAMILIES)[index % len(FAMILIES)], None
-    ask, *wordings = FAMILIES[family]
-    while question is None:
-        scene = make_scene(rng, split)
-        question = ask(rng, scene, family)
-    wording = wordings[-1] if split == "ood" else rng.choice(wordings[:-1])
-    fill, steps, answer = question
-    text = wording.format(**fill)
-    text = text[0].upper() + text[1:]
-    images = [] if split == "text" else [paint(scene)]
+    family = list(FAMILIES)[index % len(FAMILIES)]
+    scene = make_scene(rng, split, family)
+    ask = dict(count=ask_count, location=ask_location).get(family, ask_pair)
+    values, steps, answer = ask(rng, scene, family)
+    *known, new = FAMILIES[family]
+    text = (new if split == "ood" else rng.choice(known)).format(**values)
+    sentences = hesitate(rng, steps) if style == "verbose" else steps
+    response = bare(answer) if style == "answer" else reasoned(". ".join(sentences) + ".", answer)
+    images = [] if words or split == "text" else [paint(scene)]
     text = IMAGE + text if images else f"The table: {describe(scene)} {text}"
-    response = bare(answer) if style == "answer" else reasoned(rationale(steps, style, rng), answer)
     return Example(f"{split}/{index}", text, answer, response, images, family=family, scene=scene)
 
 
@@ -296,8 +257,7 @@ def list_counts(rng, things):
     if rng.random() < 0.85:
         rng.shuffle(phrases)
         phrases[4:] = [pick_phrase(rng, things, "pair") for _ in range(2)]
-    steps = [count_step(phrase, len(matching(things, phrase))) for phrase in phrases]
-    return "Count everything.", rationale(steps, "canonical")
+    return [f"{phrase}s: {len(matching(things, phrase))}." for phrase in phrases]
 
 
 def base_example(index):
@@ -305,22 +265,19 @@ def base_example(index):
     rng = random.Random(f"base/{index}")
     kind, = rng.choices(list(BASE_MIX), list(BASE_MIX.values()))
     style = "canonical" if kind == "reasoned" else "answer"
-    example = world_example("train", 10_000_000 + index, style)
-    question, response = example.question.removeprefix(IMAGE), example.response
-    scene, images = example.scene, [] if kind == "text" else example.images
-    if kind == "text":
-        question = f"The table: {describe(scene)} {question}"
-    elif kind == "counts":
-        question, response = list_counts(rng, scene)
-    elif kind == "caption" or kind == "boxes" and not singles(scene):
-        question, response = "Describe the table.", describe(scene)
-    elif kind == "boxes":
-        single = singles(scene)
-        some = [(f"{t.colour} {t.shape}", t.box) for t in rng.sample(single, min(3, len(single)))]
-        question = f"Box {', '.join(name for name, _ in some)}."
-        response = " ".join(f"{name}: {list(box)}." for name, box in some)
-    question = IMAGE * len(images) + question
-    return replace(example, question=question, response=response, images=images)
+    example = world_example("train", 10_000_000 + index, style, words=kind == "text")
+    things, single = example.scene, singles(example.scene)
+    if kind == "counts":
+        question, said = "Count everything.", list_counts(rng, things)
+    elif kind == "boxes" and single:
+        some = rng.sample(single, min(3, len(single)))
+        question = f"Box {', '.join(map(named, some))}."
+        said = [f"{named(thing)}: {list(thing.box)}." for thing in some]
+    elif kind in ("caption", "boxes"):
+        question, said = "Describe the table.", [describe(things)]
+    else:
+        return example
+    return replace(example, question=IMAGE + question, response=" ".join(said))
 
 
 class World:
@@ -328,95 +285,74 @@ class World:
 
     def __init__(self, split, style="canonical", size=20_000):
         world = functools.partial(world_example, split, style=style)
-        self.make, self.size = base_example if split == "base" else world, size
+        self.make, self.indices = base_example if split == "base" else world, range(size)
 
     def __len__(self):
-        return self.size
+        return len(self.indices)
 
     def __getitem__(self, index):
-        if not 0 <= index < self.size:
-            raise IndexError(index)      # what ends a `for`
-        return self.make(index)
+        return self.make(self.indices[index])        # an IndexError ends a `for`
 
 
 # ------------------------------------------------------------------------------- JSONL files
 
-def open_image(source, where):
-    """PIL image, bytes or path -> RGB picture; refuses what is not one, or is too large."""
-    if isinstance(source, Image.Image):
-        return source
-    name = "embedded image" if isinstance(source, bytes) else source
-    try:
+ROLES = dict(human="user", gpt="assistant", system="system", user="user", assistant="assistant")
+
+
+@functools.lru_cache(maxsize=4)      # questions about one picture mostly follow one another
+def open_image(source):
+    """Bytes or a path -> RGB picture, or a DataError."""
+    try:                             # not every format of Pillow's: EPS would start Ghostscript
         file = io.BytesIO(source) if isinstance(source, bytes) else source
-        image = Image.open(file, formats=FORMATS)
-        if image.width * image.height <= MAX_PIXELS:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"{where}: image {name} does not exist") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: {name} is not a readable image ({error})") from None
-    raise DataError(f"{where}: {name} has {image.width}x{image.height} pixels, more than "
-                    f"{MAX_PIXELS:,}; make it smaller or remove the row")
+        return Image.open(file, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP")).convert("RGB")
+    except Exception as error:       # Pillow's readers raise anything over a broken file
+        raise DataError(f"{source!s:.200} is not a readable image: {error}") from None
 
 
-def image_source(value, root, where):
-    """A path inside `root`, or the bytes of an embedded image."""
-    if isinstance(value, dict) and value.get("bytes"):
-        try:
-            return base64.b64decode(value["bytes"], validate=True)
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{where}: field image: bytes are not base64 ({error})") from None
-    value = value.get("path") if isinstance(value, dict) else value
-    try:                               # fails for what is no text, "\0", "\ud800", circular links
-        path = (root / value).resolve()
-    except (TypeError, ValueError, RuntimeError):
-        raise DataError(f"{where}: field image: expected a path, got {value!r}") from None
-    if not path.is_relative_to(root.resolve()):
-        raise DataError(f"{where}: field image: {value!r} leaves the data directory {root}")
-    return path
+def take(row, convert, *names, **options):
+    """What `convert` makes of the first of these fields that the row has; None if it has none."""
+    name = next((name for name in names if row.get(name) is not None), None)
+    try:
+        return name and convert(row[name], **options)
+    except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError):
+        raise DataError(f"field {name}: expected {convert.__doc__}, got {row[name]!r:.80}")
 
 
-def first(row, *names):
-    return next((row[name] for name in names if row.get(name) is not None), None)
+# What `take` converts with; each fails, one way or another, for what its docstring does not name.
+def text(value):
+    """text"""
+    return value.encode().decode()               # fails for half a character (a lone surrogate)
 
 
-def message_turns(messages, where):
-    """Chat messages -> {"system" | "user" | "assistant": text}; one question, one answer."""
+def number_or_text(value):
+    """text or a number"""
+    return str(value) if type(value) in (int, float) else text(value)
+
+
+def options(value):
+    """2 to 26 texts or numbers"""
+    if not isinstance(value, list) or not 2 <= len(value) <= 26:
+        raise ValueError
+    return [number_or_text(item) for item in value]
+
+
+def image_sources(value, root):
+    """a path that never leaves the data directory, base64 bytes, or a list of these"""
+    items = value if isinstance(value, list) else [value]
+    items = [item if isinstance(item, dict) else dict(path=item) for item in items]
+    return [base64.b64decode(item["bytes"], validate=True) if item.get("bytes")
+            else root / (root / item["path"]).resolve().relative_to(root) for item in items]
+
+
+def spoken(messages):
+    """messages with text, at most one of a role"""
     turns = {}
-    names = dict(human="user", gpt="assistant", system="system", user="user", assistant="assistant")
-    for message in messages:
-        message = message if isinstance(message, dict) else {}
-        role, content = first(message, "role", "from"), first(message, "content", "value")
-        role = names.get(role) if isinstance(role, str) else None
-        if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-            texts = [IMAGE if part.get("type") == "image" else part.get("text") for part in content]
-            content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
-        if role is None or role in turns or not isinstance(content, str):
-            raise DataError(f"{where}: field messages: expected one user turn and at most one "
-                            f"system and one assistant turn with text, got {message!r:.80}")
-        turns[role] = content
-    return turns
-
-
-def row_turns(row, where):
-    """The turns of a row in any layout: messages, or fields for question and response."""
-    messages = first(row, "messages", "conversations")
-    if messages is None and isinstance(row.get("prompt"), list):
-        completion = row.get("completion")
-        messages = row["prompt"] + (completion if isinstance(completion, list) else [])
-    if isinstance(messages, list):
-        turns = message_turns(messages, where)
-    else:
-        user = first(row, "problem", "question", "prompt")
-        if user is None and isinstance(row.get("instruction"), str):
-            user = row["instruction"] + (f"\n{row['input']}" if row.get("input") else "")
-        turns = dict(user=user, assistant=first(row, "completion", "output"))
-    if isinstance(row.get("system"), str):
-        turns["system"] = row["system"]
-    if not isinstance(turns.get("user"), str) or not turns["user"].strip():
-        raise DataError(f"{where}: no question: expected text in one of the fields question, "
-                        f"problem, prompt, instruction, messages, conversations; got "
-                        f"{', '.join(map(str, row))}")
+    for message in messages if isinstance(messages, list) else []:
+        name = ROLES[message.get("role", message.get("from"))] + " message"
+        content = message.get("content", message.get("value"))
+        parts = [dict(text=content)] if isinstance(content, str) else content
+        texts = [IMAGE if part.get("type") == "image" else text(part["text"]) for part in parts]
+        turns = dict(**turns, **{name: "".join(texts)})          # fails for a second one
     return turns
 
 
@@ -433,79 +369,63 @@ def strip_answer(text):
     return text.strip()
 
 
-def row_answer(row, response, where):
-    """-> (answer that the grader compares with, response that imitation learns)."""
-    response = response if isinstance(response, str) else None
-    answer = first(row | {"turn": response}, "answer", "ground_truth", "solution", "turn")
-    if type(answer) not in (str, int, float) or not strip_answer(str(answer)):
-        raise DataError(f"{where}: no answer: expected text or a number in answer, ground_truth, "
-                        f"solution or an assistant turn; got {answer!r:.80}")
-    answer, thought = strip_answer(str(answer)), first(row, "rationale", "thinking")
-    thought = re.sub("</?think>", "", thought or "").strip()       # R1-V's `thinking` has them
-    return answer, response or (reasoned(thought, answer) if thought else bare(answer))
+def row_texts(row):
+    """A row of any layout -> its question, answer, response (to imitate) and system turn."""
+    for name in ("messages", "conversations", "prompt", "completion"):
+        row = (take(row, spoken, name) or {}) | row
+    asked = ("user message", "problem", "question", "prompt")
+    said = ("assistant message", "completion", "output")
+    answers = ("answer", "ground_truth", "solution", *said)
+    lines = [take(row, text, name) for name in ("instruction", "input")]
+    question = take(row, text, *asked) or "\n".join(filter(None, lines))
+    answer = strip_answer(take(row, number_or_text, *answers) or "")
+    for part, value, names in (("question", question, (*asked, "instruction")),
+                               ("answer", answer, answers)):
+        if not value.strip():
+            raise DataError(f"no {part}: expected text in one of the fields {', '.join(names)}; "
+                            f"got the fields {list(row)!r:.200}")
+    thought = re.sub("</?think>", "", take(row, text, "rationale", "thinking") or "").strip()
+    system = take(row, text, "system", "system message") or ""
+    return question, answer, take(row, text, *said) or reasoned(thought, answer), system
 
 
 def read_row(row, root, where):
     """One row of any layout -> Example, its pictures looked at: bad ones show before training."""
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object, got {type(row).__name__}")
-    for name in ("system", "instruction", "input", "output", "rationale", "thinking"):
-        if not isinstance(row.get(name) or "", str):
-            raise DataError(f"{where}: field {name}: expected text, got {row[name]!r:.80}")
-    turns, images = row_turns(row, where), first(row, "images", "image", "image_path")
-    images = [] if images is None else images if isinstance(images, list) else [images]
-    images = [image_source(item, root, where) for item in images]
-    question, system, choices = turns["user"], turns.get("system", ""), row.get("choices")
-    if choices is not None:
-        if (not isinstance(choices, list) or not 2 <= len(choices) <= 26
-                or not all(isinstance(choice, (str, int, float)) for choice in choices)):
-            raise DataError(f"{where}: field choices: expected a list of 2 to 26, got {choices!r}")
-        choices = [str(choice) for choice in choices]
-        question += "".join(f"\n({chr(65 + i)}) {choice}" for i, choice in enumerate(choices))
-    if IMAGE not in question:
-        question = IMAGE * len(images) + question
-    answer, response = row_answer(row, turns.get("assistant"), where)
+        raise DataError(f"expected an object, got {row!r:.80}")
+    question, answer, response, system = row_texts(row)
+    images = take(row, image_sources, "images", "image", "image_path", root=root) or []
+    choices = take(row, options, "choices")
+    question += "".join(f"\n({chr(65 + i)}) {choice}" for i, choice in enumerate(choices or ()))
+    question = question if IMAGE in question else IMAGE * len(images) + question
     if question.count(IMAGE) != len(images) or IMAGE in system + response:
-        raise DataError(f"{where}: {question.count(IMAGE)} {IMAGE} in the text but {len(images)} "
-                        "images; write one for each, or none to put all images first, and none "
-                        f"({IMAGE}) in the system turn or the response")
-    if re.search("[\ud800-\udfff]", question + response + system):
-        raise DataError(f"{where}: half a character (a lone surrogate) in question or answer")
-    for image in set(images) - CHECKED:
-        open_image(image, where)
-        CHECKED.add(image)
-    return Example(str(where if row.get("id") is None else row["id"]), question, answer, response,
-                   images, choices, system)
-
-
-def parsed(text, where):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error})") from None
+        raise DataError(f"{question.count(IMAGE)} {IMAGE} in the question, {len(images)} images: "
+                        "write one for each, or none to put all images first; elsewhere none")
+    name = str(where if row.get("id") is None else row["id"])
+    example = Example(name, question, answer, response, images, choices, system)
+    example.pictures()
+    return example
 
 
 @functools.cache
 def read_examples(path, skip_bad_rows=False):
     """A .jsonl or .json file of any layout -> [Example]; image paths are relative to the file."""
     path, examples, bad = pathlib.Path(path), [], []
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; --data takes «world» or a .jsonl or .json file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error})") from None
-    listed = text.lstrip().startswith("[")
-    rows = [json.dumps(row) for row in parsed(text, path)] if listed else text.split("\n")
-    for number, line in enumerate(rows, 1):
+        content = path.read_text(encoding="utf-8-sig")
+        listed = content.lstrip().startswith("[")
+        lines = [json.dumps(row) for row in json.loads(content)] if listed else content.split("\n")
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: neither «world» nor a .jsonl or .json file ({error})") from None
+    for number, line in enumerate(lines, 1):
         where = f"{path}: row {number}" if listed else f"{path}:{number}"
         try:
             if line.strip():
-                examples.append(read_row(parsed(line, where), path.parent, where))
-        except DataError as error:
+                examples.append(read_row(json.loads(line), path.parent.resolve(), where))
+        except (ValueError, RecursionError) as error:
+            bad.append(f"{where}: {'' if isinstance(error, DataError) else 'not JSON: '}{error}")
             if not skip_bad_rows:
-                raise
-            bad.append(str(error))
+                raise DataError(f"{bad[0]}; mend the row, or --skip-bad-rows") from None
     if bad:
         print(f"{path}: skipped {len(bad)} bad rows of {len(bad) + len(examples)}; first: {bad[0]}")
     if not examples:
@@ -671,7 +591,8 @@ class Processor:
 
     def template(self, system, text):
         system = f"System: {system}{STOP}\n" if system else ""
-        return f"{START}{system}User:{'' if text.startswith(AROUND) else ' '}{text}{STOP}\nAssistant:"
+        space = "" if text.startswith(AROUND) else " "
+        return f"{START}{system}User:{space}{text}{STOP}\nAssistant:"
 
     def prompt(self, example):
         """-> (prompt text with expanded pictures, their pixels, their grids)."""

@@ -14,8 +14,8 @@ watch reward, advantage and gradient norm. --minibatches 2 makes the ratio, and 
 Departs from the paper: Muon beside AdamW; groups of 8 and 0.1 for the format (theirs: not found).
 """
 import copy
+import math
 import time
-from collections import namedtuple
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ import torch
 import data
 from evaluate import grade, mean, option, run_script
 from model import without_lora
-from sft import Run, RunConfig, default_lr, pick, starting_model
+from sft import Run, RunConfig, default_lr, pick, pieces, starting_model
 
 GRPO = dict(advantage="group", ratio="token", clip="ppo", clip_low=0.2, clip_high=0.2,
             dual_clip=0.0, aggregation="sequence", kl="k3", beta=0.01, filter="keep",
@@ -66,8 +66,8 @@ class Config(RunConfig):
     temperature: float = option(1.0, "of sampling, in the loss too", least=1e-3)
 
 
-def reward_parts(response, length, example, answer_format, c):
-    """-> the parts of a reward, or None where the grader itself fails (then the advantage is 0)."""
+def reward(response, length, example, answer_format, c):
+    """-> reward and its parts, or None where the grader itself fails (then the advantage is 0)."""
     try:
         verdict = grade(response, example, answer_format)
     except Exception:                # a bug in a grader must not teach the policy anything
@@ -76,12 +76,8 @@ def reward_parts(response, length, example, answer_format, c):
     if c.overlong == "penalty":      # DAPO, eq. 13
         limit = c.max_new_tokens - c.overlong_buffer
         parts["overlong"] = min(-(length - limit) / c.overlong_buffer, 0.0)
-    return parts
-
-
-def total_reward(parts, format_weight):
-    weights = dict(accuracy=1.0, format=format_weight, overlong=1.0)
-    return sum(weights[name] * parts[name] for name in parts) if parts else float("nan")
+    total = parts["accuracy"] + c.format_weight * parts["format"] + parts.get("overlong", 0.0)
+    return dict(reward=total, **parts)
 
 
 def group_advantages(rewards, kind):
@@ -150,97 +146,75 @@ def token_loss(logprob, old, sampled, reference, advantage, mask, c):
     return loss
 
 
-# The rollouts of a step, row r answers question r // G: B examples, Rollouts, R dicts of reward
-# parts (None: no verdict), rewards (B, G), mask of the loss (R, N), advantage (R, 1), seconds
-Experience = namedtuple("Experience", "examples rollouts parts rewards mask advantage seconds")
-
-
 def rollout(run, examples, step):
-    """Samples a group of answers to each question and rewards them."""
+    """Samples a group of answers to each question and rewards them -> Rollouts, the mask of the
+    tokens in the loss (R, N), advantage (R, 1), figures."""
     c, begin = run.config, time.perf_counter()
     run.sampler.refresh()
     seeds = (torch.arange(c.prompts) + c.prompts * (step + 1_000_003 * c.seed)) % 2 ** 31
     rollouts = run.sampler.generate(run.processor.batch(examples), c.group, c.max_new_tokens,
                                     c.temperature, seeds[:len(examples)])
-    answers, finished = rollouts.rows(), rollouts.finished
-    seconds = time.perf_counter() - begin
-    parts = [reward_parts(run.processor.decode(ids), len(ids), examples[r // c.group],
-                          run.processor.style["answer_format"], c)
-             for r, ids in enumerate(answers)]
-    rewards = torch.tensor([total_reward(p, c.format_weight) for p in parts]).view(-1, c.group)
-    advantage = group_advantages(rewards, c.advantage).flatten()[:, None].to(c.device)
-    mask = rollouts.mask
+    seconds, answer_format = time.perf_counter() - begin, run.processor.style["answer_format"]
+    graded = [reward(run.processor.decode(ids), len(ids), examples[r // c.group], answer_format, c)
+              for r, ids in enumerate(rollouts.rows())]
+    rewards = torch.tensor([parts["reward"] if parts else math.nan for parts in graded])
+    rewards = rewards.view(-1, c.group)
+    advantage = group_advantages(rewards, c.advantage)
+    known, equal, mask = [parts for parts in graded if parts], equal_groups(rewards), rollouts.mask
     if c.filter == "drop":
-        dropped = equal_groups(rewards).repeat_interleave(c.group).to(c.device)
-        mask = mask & ~dropped[:, None]
+        mask = mask & ~equal.repeat_interleave(c.group).to(c.device)[:, None]
     if c.overlong == "mask":
-        mask = mask & finished[:, None]
-    return Experience(examples, rollouts, parts, rewards, mask, advantage, seconds)
+        mask = mask & rollouts.finished[:, None]
+    means = dict(reward_std=rewards.std(1), equal_groups=equal.float(), advantage=advantage.abs(),
+                 length=rollouts.lengths.float(), truncated=1 - rollouts.finished.float())
+    figures = {name: mean(parts[name] for parts in known) for name in (known or [()])[0]}
+    figures |= {name: value.nanmean().item() for name, value in means.items()}
+    figures |= dict(grader_failures=len(graded) - len(known), rollout_seconds=round(seconds, 4),
+                    tokens_per_second=rollouts.lengths.sum().item() / seconds)
+    return rollouts, mask, advantage.flatten()[:, None].to(c.device), figures
 
 
-def minibatches(run, e):
-    """-> for each optimizer step its passes: [(prompts, their rows)], whole groups each."""
-    c, count = run.config, len(e.examples)
-    size = -(-count // c.minibatches)
-    ends = [[*range(first, min(first + size, count), c.micro_batch or size),
-             min(first + size, count)] for first in range(0, count, size)]
-    return [[(run.processor.batch(e.examples[i:j]).to(c.device), slice(i * c.group, j * c.group))
-             for i, j in zip(some, some[1:])] for some in ends]
-
-
-def score(run, model, e, prompts, rows):
-    """Log-probs and entropies of rollout rows, under the distribution they were drawn from."""
-    c, r = run.config, e.rollouts
-    with run.autocast():
-        return model.score(prompts, r.ids[rows], r.mask[rows], c.group, run.sampler.banned,
-                           c.temperature)
-
-
-def update(run, reference, e):
+def update(run, reference, examples, rollouts, mask, advantage):
     """One optimizer step for each minibatch -> figures over all tokens of the rollouts."""
-    c, steps, sampled, counted = run.config, minibatches(run, e), e.rollouts.logprobs, []
+    c, sampled, counted = run.config, rollouts.logprobs, []
+    steps = [[(run.processor.batch(examples[i:j]).to(c.device), slice(i * c.group, j * c.group))
+              for i, j in pieces(start, stop, c.micro_batch)]
+             for start, stop in pieces(0, len(examples), -(-len(examples) // c.minibatches))]
+
+    def score(model, prompts, rows):
+        with run.autocast():         # under the distribution that the rollouts were drawn from
+            return model.score(prompts, rollouts.ids[rows], rollouts.mask[rows], c.group,
+                               run.sampler.banned, c.temperature)
 
     @torch.no_grad()
     def log_probs(model):
-        return torch.cat([score(run, model, e, *part)[0] for parts in steps for part in parts])
+        return torch.cat([score(model, *part)[0] for parts in steps for part in parts])
 
     with without_lora(reference or run.model) as model:
         base = log_probs(model)
     old = log_probs(run.model) if len(steps) > 1 else None
 
     def losses(parts):
-        start = parts[0][1].start
-        weights = token_weights(e.mask[start:parts[-1][1].stop], c.aggregation, c.max_new_tokens)
+        whole = slice(parts[0][1].start, parts[-1][1].stop)
+        weights = torch.zeros_like(sampled)
+        weights[whole] = token_weights(mask[whole], c.aggregation, c.max_new_tokens)
         for prompts, rows in parts:
-            logprob, entropy = score(run, run.model, e, prompts, rows)
-            now, tokens = logprob.detach(), e.rollouts.mask[rows]
+            logprob, entropy = score(run.model, prompts, rows)
+            now, tokens = logprob.detach(), rollouts.mask[rows]
             before = now if old is None else old[rows]
             counted.append(torch.stack([
                 (before - sampled[rows]).abs()[tokens], (now - before).abs()[tokens],
                 kl_estimate(now, base[rows], "k3")[tokens], entropy[tokens]]))
-            loss = token_loss(logprob, before, sampled[rows], base[rows], e.advantage[rows],
-                              e.mask[rows], c)
-            yield (loss * weights[rows.start - start:rows.stop - start]).sum()
+            loss = token_loss(logprob, before, sampled[rows], base[rows], advantage[rows],
+                              mask[rows], c)
+            yield (loss * weights[rows]).sum()
 
     for parts in steps:
-        figures = run.update(losses(parts), e.examples)
+        figures = run.update(losses(parts), examples)
     gap, moved, kl, entropy = torch.cat(counted, 1)
-    return figures | dict(entropy=entropy.mean().item(), kl=kl.mean().item(),
-                          gap_mean=gap.mean().item(), gap_max=gap.max().item(),
-                          log_ratio=moved.mean().item())
-
-
-def reward_figures(e, c):
-    """What the rollouts of a step were worth, each part of the reward apart."""
-    known = [parts for parts in e.parts if parts is not None]
-    names = known[0] if known else ()
-    lengths, finished = e.rollouts.lengths.float(), e.rollouts.finished.float()
-    return dict(reward=e.rewards.nanmean().item(),
-                **{name: mean(parts[name] for parts in known) for name in names},
-                reward_std=e.rewards.std(1).nanmean().item(),
-                equal_groups=equal_groups(e.rewards).float().mean().item(),
-                advantage=e.advantage.abs().mean().item(), length=lengths.mean().item(),
-                truncated=1 - finished.mean().item(), grader_failures=len(e.parts) - len(known))
+    means = dict(entropy=entropy, kl=kl, gap_mean=gap, log_ratio=moved)
+    return figures | {name: x.mean().item() for name, x in means.items()} | dict(
+        gap_max=gap.max().item())
 
 
 def main(c):
@@ -256,13 +230,9 @@ def main(c):
     run = Run(c, model, processor, decay=False)
 
     def one_step(step):
-        begin = time.perf_counter()
         some = [examples[i] for i in pick(count, c.prompts, step, c.seed)]
-        e = rollout(run, some, step)
-        figures = reward_figures(e, c) | update(run, reference, e)
-        seconds = time.perf_counter() - begin
-        return figures | dict(tokens_per_second=int(e.rollouts.lengths.sum()) / e.seconds,
-                              rollout_share=e.seconds / seconds)
+        *experience, figures = rollout(run, some, step)
+        return figures | update(run, reference, some, *experience)
 
     run.train(one_step)
 

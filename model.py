@@ -58,11 +58,9 @@ def preset_config(size, processor):
 SIGLIP = dict(intermediate_size=3072, num_hidden_layers=12, layer_norm_eps=1e-6, hidden_size=1152,
               num_attention_heads=16, image_size=224, patch_size=32)
 LLAMA = dict(num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-6, rope_theta=1e4,
-             vocab_size=32000, hidden_size=4096, intermediate_size=11008, attention_bias=False)
-QWEN2 = dict(num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, hidden_size=8192,
-             intermediate_size=29568, vocab_size=152064, rms_norm_eps=1e-5, rope_theta=1e6,
-             attention_bias=True)
-QWEN_VIT = dict(depth=32, num_heads=16, patch_size=14, spatial_merge_size=2)
+             attention_bias=False)
+QWEN2 = dict(rms_norm_eps=1e-6, rope_theta=1e6, attention_bias=True)
+QWEN_VIT = dict(depth=32, num_heads=16, patch_size=14)
 DEFAULTS = {        # model_type: what hub files leave out of vision_config and of text_config
     "idefics3": (SIGLIP, LLAMA), "smolvlm": (SIGLIP, LLAMA),
     "qwen2_vl": (QWEN_VIT | dict(embed_dim=1280, mlp_ratio=4, window_size=None), QWEN2),
@@ -454,8 +452,11 @@ def recompute_activations(model):
 
 class LoRA(nn.Linear):
     """W x + alpha / rank B A x, with W frozen and B zero at first (Hu et al. 2021, section 4.1)."""
+    on = True
 
     def forward(self, x):
+        if not self.on:
+            return super().forward(x)
         low = F.linear(x, self.lora_A.weight.type_as(x))
         return super().forward(x) + self.scale * F.linear(low, self.lora_B.weight.type_as(x))
 
@@ -486,13 +487,9 @@ def add_lora(model, rank, alpha, targets, base=None):
 @contextlib.contextmanager
 def without_lora(model):
     """Inside, the model is the one that it adapts: GRPO's reference costs no second copy."""
-    layers = [layer for layer in model.modules() if isinstance(layer, LoRA)]
-    scales = [layer.scale for layer in layers]
-    for layer in layers:
-        layer.scale = 0.0
+    LoRA.on = False
     yield model
-    for layer, scale in zip(layers, scales):
-        layer.scale = scale
+    LoRA.on = True
 
 
 # ------------------------------------------------------------------------------- load and save
@@ -526,10 +523,8 @@ def tabletop_files(processor):
     name = dict(processor_class="Idefics3Processor")
     files = {
         "preprocessor_config.json": dict(
-            image_processor_type="Idefics3ImageProcessor", do_convert_rgb=True, do_resize=True,
-            resample=1, do_rescale=True, rescale_factor=1 / 255, do_normalize=True, do_pad=True,
-            image_mean=processor.MEAN, image_std=processor.STD,
-            max_image_size={"longest_edge": processor.tile}),
+            image_processor_type="Idefics3ImageProcessor", image_mean=processor.MEAN,
+            image_std=processor.STD, max_image_size={"longest_edge": processor.tile}),
         "processor_config.json": name | dict(image_seq_len=processor.image_tokens),
         "tokenizer_config.json": name | dict(
             tokenizer_class="PreTrainedTokenizerFast", bos_token=data.START, eos_token=data.STOP,
@@ -543,16 +538,13 @@ def hub_name(name):
     return re.sub(r"^model\.language_model", "model", re.sub(r"^model\.visual", "visual", name))
 
 
-def hub_tensors(model):
-    """The weights as others read them: adapters merged, a tied head left out, names of the hub."""
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoRA):
-            tensors[f"{name}.weight"] = layer.merged()
-    if model.config.tied:
-        del tensors["lm_head.weight"]
-    dtype = getattr(torch, model.raw.get("dtype") or model.raw.get("torch_dtype") or "float32")
-    return {hub_name(name): tensor.to(dtype) for name, tensor in tensors.items()}
+def hub_state(model):
+    """The tensors as others know them: names of the hub, adapters merged, no head that is tied."""
+    adapted = {f"{name}.weight": layer for name, layer in model.named_modules()
+               if isinstance(layer, LoRA)}
+    return {hub_name(name): adapted[name].merged() if name in adapted else tensor
+            for name, tensor in model.state_dict().items()
+            if "lora_" not in name and not (model.config.tied and name == "lm_head.weight")}
 
 
 def save(model, processor, directory):
@@ -570,7 +562,9 @@ def save(model, processor, directory):
               "tokenizer.json": processor.tokenizer.to_str(pretty=True)}
     for name, text in files.items():
         write_text(directory / name, text)
-    write_tensors(directory / "model.safetensors", hub_tensors(model))
+    dtype = getattr(torch, model.raw.get("dtype") or model.raw.get("torch_dtype") or "float32")
+    write_tensors(directory / "model.safetensors",
+                  {name: tensor.to(dtype) for name, tensor in hub_state(model).items()})
     if model.adapter:
         (directory / "adapter").mkdir(exist_ok=True)
         write_text(directory / "adapter" / "adapter_config.json", json.dumps(model.adapter))
@@ -601,19 +595,6 @@ def read_file(read, path):
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
-def load_tensors(directory, expected):
-    """{our name: tensor} of a checkpoint in one file or in shards, checked against `expected`."""
-    index, names, tensors = directory / "model.safetensors.index.json", ["model.safetensors"], {}
-    if index.exists():
-        names = sorted(set(read_file(read_json, index)["weight_map"].values()))
-    for name in names:
-        tensors |= read_file(load_file, directory / name)
-    ours = {hub_name(name): name for name in expected}
-    tensors = {ours.get(name, name): tensor for name, tensor in tensors.items()}
-    check_tensors(expected, tensors, directory)
-    return tensors
-
-
 def load(directory, device="cpu", dtype=torch.float32, prompt=None, may_differ=True):
     """-> (VLM, Processor) of a run directory or a downloaded SmolVLM, Qwen2-VL or Qwen2.5-VL, its
     weights in `dtype`. prompt: some of data.PROMPT; may_differ: from what the run stored. Strict:
@@ -622,11 +603,15 @@ def load(directory, device="cpu", dtype=torch.float32, prompt=None, may_differ=T
     with torch.device("meta"):
         model = read_file(lambda path: VLM(read_json(path)), directory / "config.json")
     tokenizer = read_file(lambda path: Tokenizer.from_file(str(path)), directory / "tokenizer.json")
-    expected = model.state_dict()
-    if model.config.tied:
-        del expected["lm_head.weight"]
-    tensors = load_tensors(directory, expected)
-    model.load_state_dict({n: t.to(dtype) for n, t in tensors.items()}, strict=False, assign=True)
+    index, shards = directory / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists():
+        shards = sorted(set(read_file(read_json, index)["weight_map"].values()))
+    tensors = {hub_name(name): tensor.to(dtype) for shard in shards
+               for name, tensor in read_file(load_file, directory / shard).items()}
+    check_tensors(hub_state(model), tensors, directory)
+    ours = {hub_name(name): name for name in model.state_dict()}
+    tensors = {ours[name]: tensor for name, tensor in tensors.items()}
+    model.load_state_dict(tensors, strict=False, assign=True)         # False: a tied head
     model.tie()
     files = {name: (directory / name).read_text() for name in SIDE_FILES
              if (directory / name).exists()}

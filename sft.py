@@ -12,7 +12,6 @@ difference between imitation and exploration. `Run` is what every training run n
 Departs from the paper: Muon on the matrices beside AdamW, a small model, traces written by the
 world instead of sampled from a larger model.
 """
-import functools
 import json
 import math
 import pathlib
@@ -130,39 +129,32 @@ class Run:
                 if line.endswith("}") and json.loads(line)["step"] <= self.step]
         write_text(path, "".join(line + "\n" for line in kept))
 
-    def states(self):
-        """[(name, parameter, its optimizer)] of all that is trained."""
-        names = {p: name for name, p in self.trained.items()}
-        return [(names[p], p, optimizer) for optimizer in self.optimizers
-                for p in optimizer.param_groups[0]["params"]]
-
     def restore(self):
         tensors = load_file(self.state, device=self.config.device)
         with safe_open(self.state, "pt") as file:
             self.step = int(file.metadata()["step"])
         weights = {n[:-7]: t for n, t in tensors.items() if n.endswith("/weight")}
         check_tensors(self.trained, weights, self.state)
-        for name, p, optimizer in self.states():
-            found = {key: tensor for place, _, key, tensor in
-                     ((*n.rpartition("/"), t) for n, t in tensors.items()) if place == name}
-            p.data.copy_(found.pop("weight"))
-            optimizer.state[p] = found
+        for name, p in self.trained.items():
+            p.data.copy_(weights[name])
+            self.optimizers[name].state[p] = {
+                key[len(name) + 1:]: tensor for key, tensor in tensors.items()
+                if key.rpartition("/")[0] == name and not key.endswith("/weight")}
 
     def save(self):
         """The checkpoint that others open; last, in one atomic file, the state to resume from."""
         if str(self.step) in self.keep:
             save(self.model, self.processor, self.out / f"step-{self.step}")
         save(self.model, self.processor, self.out)
-        tensors = {f"{name}/{key}": tensor for name, p, optimizer in self.states()
-                   for key, tensor in dict(optimizer.state[p], weight=p).items()}
-        steps = dict(step=str(self.step), steps=str(self.config.steps))
-        write_tensors(self.state, tensors, steps)
+        tensors = {f"{name}/{key}": tensor for name, p in self.trained.items() for key, tensor
+                   in dict(self.optimizers[name].state[p], weight=p).items()}
+        write_tensors(self.state, tensors, dict(step=str(self.step), steps=str(self.config.steps)))
 
     def update(self, losses, examples):
         """One optimizer step along the sum of some losses, each made when the one before has left
         its gradient -> loss and gradient norm. Stops on a loss that is not a number."""
-        total = 0.0
-        for optimizer in self.optimizers:
+        total, optimizers = 0.0, set(self.optimizers.values())
+        for optimizer in optimizers:
             optimizer.zero_grad()
         for loss in losses:
             loss.backward()
@@ -176,7 +168,7 @@ class Run:
         share = min(1.0, (self.step + 1) / max(1, self.config.warmup))
         if self.decay:               # linear to a tenth
             share *= 1 - 0.9 * self.step / self.config.steps
-        for optimizer in self.optimizers:
+        for optimizer in optimizers:
             group = optimizer.param_groups[0]
             group["lr"] = share * group.setdefault("peak", group["lr"])
             optimizer.step()
@@ -229,14 +221,18 @@ class Run:
 
 
 def make_optimizers(trained, lr):
-    """Muon for the matrices of the layers, AdamW for tables, norms, biases, convolution, LoRA."""
-    matrices = [p for n, p in trained.items() if p.ndim == 2 and "lora_" not in n
-                and re.search(r"layers\.|blocks\.|connector|merger", n)]
-    rest = [p for p in trained.values() if not any(p is m for m in matrices)]
-    muon = functools.partial(torch.optim.Muon, lr=lr, weight_decay=0.0,
-                             adjust_lr_fn="match_rms_adamw")
-    adamw = functools.partial(torch.optim.AdamW, lr=lr / 3, betas=(0.9, 0.95), weight_decay=0.0)
-    return [make(some) for make, some in ((muon, matrices), (adamw, rest)) if some]
+    """{name: its optimizer}: Muon for the matrices of the layers, AdamW for tables, norms, biases,
+    the convolution and LoRA."""
+    matrices = {n: p for n, p in trained.items() if p.ndim == 2 and "lora_" not in n
+                and re.search(r"layers\.|blocks\.|connector|merger", n)}
+    rest = {n: p for n, p in trained.items() if n not in matrices}
+    muon = dict(lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    adamw = dict(lr=lr / 3, betas=(0.9, 0.95), weight_decay=0.0)
+    made = {}
+    for kind, some, options in ((torch.optim.Muon, matrices, muon),
+                                (torch.optim.AdamW, rest, adamw)):
+        made |= dict.fromkeys(some, kind(some.values(), **options) if some else None)
+    return made
 
 
 def default_lr(c, model, small, published):
@@ -302,6 +298,11 @@ def pick(count, batch, step, seed):
     return torch.randperm(count, generator=order)[place * batch:(place + 1) * batch].tolist()
 
 
+def pieces(start, stop, size):
+    """[(first, last + 1)] of the passes over start..stop, `size` at a time; 0: all at once."""
+    return [(i, min(i + (size or stop), stop)) for i in range(start, stop, size or stop)]
+
+
 def main(c):
     c.out = c.out or f"runs/{c.stage}"
     scratch = c.stage == "base" or c.init is None and c.data != "world"
@@ -322,12 +323,12 @@ def main(c):
     def one_step(step):
         some = [examples[i] for i in pick(len(examples), c.batch, step, c.seed)]
         rows, entropies = [processor.response_ids(example.response) for example in some], []
-        tokens, size = sum(map(len, rows)), c.micro_batch or len(some)
+        tokens = sum(map(len, rows))
 
         def losses():
-            for part in (slice(start, start + size) for start in range(0, len(some), size)):
-                prompts = processor.batch(some[part]).to(c.device)
-                ids, lengths = (x.to(c.device) for x in data.pad_rows(rows[part], processor.pad))
+            for i, j in pieces(0, len(some), c.micro_batch):
+                prompts = processor.batch(some[i:j]).to(c.device)
+                ids, lengths = (x.to(c.device) for x in data.pad_rows(rows[i:j], processor.pad))
                 mask = up_to(lengths)
                 with run.autocast():
                     logprob, entropy = model.score(prompts, ids, mask)

@@ -38,7 +38,7 @@ def test_a_failing_grader_teaches_nothing():
     """Its rollout gets advantage 0 and does not move the mean of its siblings."""
     broken = types.SimpleNamespace(answer=None, choices=None, scene=None)
     c = grpo.Config(overlong="keep")
-    assert grpo.reward_parts("<answer>1</answer>", 5, broken, "tags", c) is None
+    assert grpo.reward("<answer>1</answer>", 5, broken, "tags", c) is None
     rewards = torch.tensor([[1.0, 0.0, float("nan"), 0.5], [float("nan")] * 4])
     advantage = grpo.group_advantages(rewards, "centred")
     assert advantage[0].tolist() == [0.5, -0.5, 0, 0] and (advantage[1] == 0).all()
@@ -47,12 +47,12 @@ def test_a_failing_grader_teaches_nothing():
 def test_reward_parts():
     """An unparseable answer earns 0; the format part is apart; DAPO's penalty grows at the end."""
     example, c = data.Example("x", "?", "5"), grpo.Config(overlong="penalty", max_new_tokens=48)
-    parts = grpo.reward_parts("<think>a</think><answer>5</answer>", 42, example, "tags", c)
+    parts = grpo.reward("<think>a</think><answer>5</answer>", 42, example, "tags", c)
+    assert parts.pop("reward") == pytest.approx(0.6)
     assert parts == dict(accuracy=1.0, format=1.0, overlong=-0.5)
-    assert grpo.total_reward(parts, 0.1) == pytest.approx(0.6)
-    assert grpo.total_reward(grpo.reward_parts("???", 10, example, "tags", c), 0.1) == 0
-    assert grpo.reward_parts("", 48, example, "tags", c)["overlong"] == -1
-    boxed = grpo.reward_parts("<think>a</think>\\boxed{5}", 42, example, "boxed", c)
+    assert grpo.reward("???", 10, example, "tags", c)["reward"] == 0
+    assert grpo.reward("", 48, example, "tags", c)["overlong"] == -1
+    boxed = grpo.reward("<think>a</think>\\boxed{5}", 42, example, "boxed", c)
     assert boxed["accuracy"] == boxed["format"] == 1.0
 
 
@@ -155,7 +155,7 @@ def test_every_preset_runs(tmp_path, start, algorithm):
     assert len(steps) == 2
     assert {"reward", "accuracy", "format", "reward_std", "equal_groups", "length", "truncated",
             "entropy", "kl", "grad_norm", "gap_mean", "gap_max", "tokens_per_second",
-            "rollout_share", "advantage"} <= set(steps[0])
+            "rollout_seconds", "advantage"} <= set(steps[0])
     assert steps[0]["gap_max"] < 1e-4, "sampler and trainer disagree"
     stored = json.loads((tmp_path / "run.json").read_text())
     assert stored["clip_high"] == grpo.ALGORITHMS[algorithm]["clip_high"]

@@ -73,7 +73,7 @@ def test_killed_and_resumed_is_never_killed(tmp_path, start, script, more):
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first)
     for one, two in zip(metrics(whole), metrics(broken), strict=True):
-        for key in one.keys() - {"seconds", "tokens_per_second", "rollout_share"}:
+        for key in one.keys() - {"seconds", "tokens_per_second", "rollout_seconds"}:
             assert one[key] == two[key], key
 
 
@@ -145,7 +145,9 @@ def test_data_order():
 def test_optimizers_share_the_parameters():
     """Every parameter in exactly one of Muon and AdamW; only matrices of layers in Muon."""
     model, _ = models.fresh("s", [data.base_example(i) for i in range(50)], 0)
-    muon, adam = sft.make_optimizers(dict(model.named_parameters()), 1e-3)
+    made = sft.make_optimizers(dict(model.named_parameters()), 1e-3)
+    muon, adam = dict.fromkeys(made.values())
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adam, torch.optim.AdamW)
     first, second = ({id(p) for p in o.param_groups[0]["params"]} for o in (muon, adam))
     assert not first & second and first | second == {id(p) for p in model.parameters()}
     assert id(model.lm_head.weight) in second
@@ -257,7 +259,7 @@ def memory(raw, script, rank):
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     every, c = sum(p.numel() for p in model.parameters()), model.config.text
     total = 2 * every                # frozen in bf16, or what autocast makes of fp32 weights
-    for optimizer in sft.make_optimizers(trained, 1.0):       # weight, gradient, moments in fp32
+    for optimizer in set(sft.make_optimizers(trained, 1.0).values()):     # all of it in fp32
         moments = 1 if isinstance(optimizer, torch.optim.Muon) else 2
         total += 4 * (2 + moments) * sum(p.numel() for p in optimizer.param_groups[0]["params"])
     tokens = 384 + 256 * (8 if script == "grpo" else 1)
