@@ -9,6 +9,7 @@ IoU >= 0.5. Formatted: exactly <think>...</think> and such an answer. In the tab
 faithful: right, with every step of the reasoning true; else lucky.
 """
 import argparse
+import ast
 import base64
 import dataclasses
 import difflib
@@ -16,6 +17,7 @@ import html
 import io
 import json
 import math
+import operator
 import pathlib
 import re
 import signal
@@ -77,30 +79,33 @@ def run_script(main, Config, doc, argv=None):
 
 # ----------------------------------------------------------------------------------- the grader
 
-BOX = re.compile(r"\[\s*(-?\d+(?:\.\d+)?(?:\s*,\s*-?\d+(?:\.\d+)?){3})\s*\]")
+NUMBER = r"\s*-?\d+(?:\.\d+)?\s*"
+BOX = re.compile(rf"\[{NUMBER}(?:,{NUMBER}){{3}}\]")
 FORMATS = {"tags": re.compile(r"<think>(.+?)</think>\s*<answer>(.+?)</answer>", re.S),
            "boxed": re.compile(r"<think>(.+?)</think>\s*\\boxed\{(.+)\}", re.S)}
 MAX_ANSWER, LARGEST = 400, 10 ** 12  # a longer answer is none, a larger number is only text
+SIGNS = str.maketrans(dict(zip("²³√π−–≈×·⋅÷∘º", "^2 ^3 sqrt pi - - = * * * / ° °".split())))
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
-    (r"(?<=\d)(?:\\,|\{,\}|,\\!)(?=\d{3})", ","), (r"\\(?:text|math)[a-z]* ?\{([^{}]*)\}", r"\1"),
-    (r"\\(?:left|right|[!,;:()\[\] ])| ?\\?\$ ?|~", " "), ("²", "^2"), ("³", "^3"),
-    (r"^ ?(?:[\\{}∠A-Za-z][\\{}∠A-Za-z ]{,22}\d?)? ?(?:=|≈|\\approx) ?", ""),   # x =, m∠1 =
-    (r"\\times|\\cdot|[×·⋅]", "*"), (r"(?<=[\d)]) ?\*\* ?(?=[\d(-])", "^"), (r"\\div|÷", "/"),
-    (r"\\[dt]?(?=frac|sqrt|pi|arc|sin|cos|tan|%)", ""), ("√", "sqrt"), ("π", "pi"), ("[−–]", "-"),
-    (r"\^ ?\{? ?\\circ ?\}?|\\degree|[∘º]", "°"), (r"\{", "("), (r"\}", ")"),
-    (r"frac ?(\d) ?(\d)", r"frac(\1)(\2)"), (r"sqrt ?\[3\] ?\(([^()]*)\)", r"((\1)^(1/3))"),
-    (r"(?<![\d.,/])(?<!/ )(\d+)(?: ?frac\((\d+)\)\((\d+)\)| (\d+)/(\d+))", r"(\1+\2\4/\3\5)"),
-    (r"((?:sin|cos|tan) ?\(? ?)([\d.]+) ?°", r"\1(\2*pi/180)"), (r"\^ ?\((\d)\)", r"^\1"),
-    (r"arc(?=sin|cos|tan)", "a"), (r"(?<=[\di)] )(?:square|sq\.?) ([a-z]+)", r"\1^2"))]
-WORDS = "( frac sqrt pi asin acos atan sin cos tan".split()
-TOKEN = re.compile(r"\s*((?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?(?:e[-+]?\d\d?)?|\.\d+|"
-                   + "|".join(map(re.escape, WORDS)) + "|.)")
-LEVELS = ({"+": lambda a, b: a + b, "-": lambda a, b: a - b},
-          {"*": lambda a, b: a * b, "/": lambda a, b: a / b}, {"^": math.pow})
+    (r"(?<=\d)(?:,|\\,|\{,\}|,\\!)(?=\d{3}(?!\d))", ""), (r"(?<![\d.])0+(?=\d)", ""),
+    (r"\\(?:text|math)[a-z]* ?\{([^{}]*)\}", r"\1"),
+    (r"\\(?:left|right|[!,;:()\[\] ])| ?\\?\$ ?|~", " "), (r"\\times|\\cdot", "*"), (r"\\div", "/"),
+    (r"^ ?(?:[\\{}∠A-Za-z][\\{}∠A-Za-z ]{,22}\d?)? ?(?:=|\\approx) ?", ""),          # x =, m∠1 =
+    (r"\^ ?\{? ?\\circ ?\}?|\\degree", "°"), (r"\\[dt]?(?=frac|sqrt|pi|arc|sin|cos|tan|%)", ""),
+    (r"arc(?=sin|cos|tan)", "a"), (r"frac ?(\d) ?", r"frac{\1}/"), (r"\} ?(?=[\d{])", "}/"),
+    (r"\{", "("), (r"\}", ")"), (r"\^ ?\((\d)\)", r"^\1"), (r"\^", "**"),
+    (r"sqrt ?\[3\] ?\(([^()]*)\)", r"((\1)**(1/3))"), (r"sqrt ?([\d.]+|pi)", r"sqrt(\1)"),
+    (r"((?:sin|cos|tan) ?\(? ?)([\d.]+) ?°", r"\1(\2*pi/180)"),
+    (r"(?<![\d.,/])(?<!/ )(\d+)(?: ?frac\((\d+)\)/\(?(\d+)\)?| (\d+)/(\d+))", r"(\1+\2\4/\3\5)"),
+    ("frac", ""), (r"(?<=[\di)] )(?:square|sq\.?) ([a-z]+)", r"\1**2"))]
+FORMULA = re.compile(r"((?:[\d.+*/() -]|(?<=\d)e[-+]?\d|a?(?:sin|cos|tan)|sqrt|pi)*)(.*)")
+TIMES = re.compile(r"(?<=[\d.)i]) ?(?=\(|[acpst])")               # in 2√3, which has no sign
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv, ast.Pow: math.pow, ast.USub: operator.neg,
+             ast.UAdd: operator.pos}
 UNITS = {word + plural + power: words.split()[0] + power for words in (       # spelling -> unit
     "mm millimeter millimetre,cm centimeter centimetre,m meter metre,km kilometer kilometre,"
     "in inch inche,ft foot feet,yd yard,mi mile,° degree deg,% percent,unit").split(",")
-    for word in words.split() for plural in ("", "s") for power in ("", "^2", "^3")} | {"": ""}
+    for word in words.split() for plural in ("", "s") for power in ("", "**2", "**3")} | {"": ""}
 ROUNDED = re.compile(r"nearest (?:(tenth)|(hundredth)|(thousandth)|whole|integer|degree|unit|"
                      r"\w*meter|inch|foot|yard|mile)", re.I)      # group: how many decimals
 
@@ -115,86 +120,66 @@ class Grade:
 
 def clean(text):
     """The answer in a text in one plain spelling, without LaTeX, case and outer punctuation."""
-    text = " ".join(data.strip_answer(text).split())
+    text = " ".join(data.strip_answer(text).translate(SIGNS).split())
     for pattern, new in SPELLINGS:
         text = pattern.sub(new, text)
     return text.casefold().lstrip(" \"'`*").rstrip(" .,:;!?\"'`*")
 
 
-def read(tokens, level=0):
-    """Takes a sum from the end of tokens, at level 1 a product, at 2 a power -> its value; nan
-    where exact parts are not worked out: 2 + 3 is not 5, nor is a repeated question."""
-    value = read(tokens, level + 1) if level < 2 else atom(tokens)
-    while tokens and (tokens[-1] in LEVELS[level] or level == 1 and tokens[-1] in WORDS):
-        sign = tokens.pop() if tokens[-1] in LEVELS[level] else "*"        # 2√3 has none
-        other = read(tokens, min(level + 1, 2))
-        undone = sign in "+-*" and type(value) is type(other) is Fraction and not 0 < other < 1
-        value = math.nan if undone else LEVELS[level][sign](value, other)
-    return value
-
-
-def atom(tokens):
-    """Takes a number, a bracket, or a sign or a word with its argument -> its value."""
-    word = tokens.pop()
-    if word == "(":
-        value = read(tokens)
-        return value if tokens.pop() == ")" else math.nan
-    if word in LEVELS[0]:
-        return LEVELS[0][word](0, read(tokens, 2))
-    if word == "frac":
-        return atom(tokens) / atom(tokens)
-    if word in WORDS:
-        return math.pi if word == "pi" else getattr(math, word)(atom(tokens))
-    return Fraction(word.replace(",", ""))
+def value(node):
+    """Of a formula as Python parses it: a Fraction where it is exact, else a float; nan where exact
+    parts are not worked out: 2 + 3 is not 5, nor is a repeated question."""
+    if isinstance(node, ast.Constant):
+        return Fraction(str(node.value))
+    if isinstance(node, ast.Name):
+        return getattr(math, node.id)
+    if isinstance(node, ast.Call):
+        return value(node.func)(value(node.args[0]))
+    sides = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
+    sides, exact = [value(side) for side in sides], isinstance(node.op, ast.Add | ast.Sub | ast.Mult)
+    if exact and {type(side) for side in sides} == {Fraction} and not 0 < sides[1] < 1:
+        return math.nan
+    return OPERATORS[type(node.op)](*sides)
 
 
 def number(text):
-    """-> (value, unit) of a clean text that is one number and no more, else None. The value is a
-    Fraction where the text is exact (13/2, 6.5), a float where it is not (5√13)."""
-    tokens = TOKEN.findall(text)[::-1]               # so that pop() takes the first one
+    """-> (value, unit) of a clean text that is one number and no more, else None."""
+    formula, unit = FORMULA.fullmatch(text).groups()
     try:
-        value = read(tokens)
-        value = Fraction(value) if value == int(value) else value
-    except (ValueError, ArithmeticError, IndexError, RecursionError):
+        found = value(ast.parse(TIMES.sub("*", formula), mode="eval").body)
+        found = Fraction(found) if found == int(found) else found
+    except Exception:                                 # it does not parse, or has no value
         return None
-    unit = UNITS.get("".join(reversed(tokens)))
-    return None if unit is None or abs(value) > LARGEST else (value, unit)
-
-
-def near(given, wanted, gold, question):
-    """Whether a value is the gold one, as exactly as the question asks or the gold's form says."""
-    if asked := ROUNDED.search(question):
-        scale = 10 ** (asked.lastindex or 0)
-        return math.floor(given * scale + 0.5) == math.floor(wanted * scale + 0.5)
-    decimals, slack = re.search(r"\.(\d+)", gold), abs(wanted) * 1e-13
-    if isinstance(wanted, float) or pow(10, 99, wanted.denominator):
-        slack = abs(wanted) / 1000
-    elif decimals:
-        slack = min(Fraction(1, 2 * 10 ** len(decimals[1])), max(abs(given), abs(wanted)) / 100)
-    return abs(given - wanted) <= slack
+    return (found, UNITS[unit]) if unit in UNITS and abs(found) <= LARGEST else None
 
 
 def same_number(answer, gold, question=""):
-    """Whether two texts are one number; a unit may lack on one side, 50% is 50 and 0.5."""
+    """Whether two clean texts are one number, as exactly as the question asks or the gold's form
+    says; a unit may lack on one side, 50% is 50 and 0.5."""
     given, wanted = number(answer), number(gold)
     if not given or not wanted or given[1] and wanted[1] and given[1] != wanted[1]:
         return False
     scale = {("%", ""): Fraction(1, 100), ("", "%"): 100}.get((given[1], wanted[1]), 1)
-    return any(near(given[0] * by, wanted[0], gold, question) for by in {1, scale})
+    values, wanted = [given[0], given[0] * scale], wanted[0]
+    if asked := ROUNDED.search(question):
+        *values, wanted = [math.floor(each * 10 ** (asked.lastindex or 0) + 0.5)
+                           for each in (*values, wanted)]
+    slack, decimals = abs(wanted) * 1e-13, re.search(r"\.(\d+)", gold)
+    if not asked and (isinstance(wanted, float) or pow(10, 99, wanted.denominator)):
+        slack = abs(wanted) / 1000
+    elif not asked and decimals:
+        slack = min(Fraction(1, 2 * 10 ** len(decimals[1])), abs(wanted) / 99)    # 1/3 is 0.33
+    return any(abs(each - wanted) <= slack for each in values)
 
 
-def box(text):
-    found = BOX.fullmatch(text.strip())
-    return [float(part) for part in found[1].split(",")] if found else None
-
-
-def iou(a, b):
-    """Intersection over union of two boxes x1, y1, x2, y2."""
-    wide = min(a[2], b[2]) - max(a[0], b[0])
-    high = min(a[3], b[3]) - max(a[1], b[1])
-    common = max(wide, 0) * max(high, 0)
-    areas = [max(c[2] - c[0], 0) * max(c[3] - c[1], 0) for c in (a, b)]
-    return common / (sum(areas) - common) if common else 0.0
+def same_box(answer, gold):
+    """Whether two texts are boxes [x1, y1, x2, y2] with an intersection over union >= 0.5."""
+    if not BOX.fullmatch(answer) or not BOX.fullmatch(gold):
+        return False
+    a, b = ([float(part) for part in text[1:-1].split(",")] for text in (answer, gold))
+    shared = [*map(max, a[:2], b[:2]), *map(min, a[2:], b[2:])]
+    common, *areas = [max(c[2] - c[0], 0) * max(c[3] - c[1], 0) for c in (shared, a, b)]
+    return 3 * common >= sum(areas) > 0
 
 
 def chosen(text, choices):
@@ -213,11 +198,11 @@ def is_right(answer, gold, choices=None, question=""):
     """Whether an answer equals the gold answer, by the kind of the gold answer."""
     if len(answer) > MAX_ANSWER:
         return False
-    answer, gold, *choices = [clean(text) for text in (answer, gold, *(choices or ()))]
+    if same_box(data.strip_answer(answer), gold):
+        return True
+    answer, gold, *choices = map(clean, (answer, gold, *(choices or ())))
     if choices:
-        return chosen(answer, choices) == chosen(gold, choices) is not None and answer != ""
-    if box(gold):
-        return box(answer) is not None and iou(box(answer), box(gold)) >= 0.5
+        return chosen(answer, choices) == chosen(gold, choices) is not None
     return answer == gold != "" or same_number(answer, gold, question)
 
 

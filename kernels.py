@@ -303,7 +303,7 @@ class Rollouts:
 
 class Sampler:
     """Prompts in, rollouts out: a static cache, per-row lengths, and one `step` over fixed buffers.
-    model: prefill(batch), decode(tokens, positions, attend), logits(hidden). banned (V,): never
+    model: forward(batch), decode(tokens, positions, attend), lm_head. banned (V,): never
     sampled. On CUDA `step` is captured once for a shape and replayed. With `dtype` it samples from
     a copy of the weights, which `refresh` updates in place. A row's randomness depends on (seed of
     its prompt, place in its group, token index) alone, not on other rows, batch size or device."""
@@ -341,7 +341,7 @@ class Sampler:
             done=zeros(rows, dtype=torch.bool),
             ids=zeros(rows, new_tokens + 1),                     # the last column takes what
             logprobs=zeros(rows, new_tokens + 1, dtype=torch.float32))     # done rows go on to draw
-        cache = torch.stack([torch.stack(pair) for pair in self.model.prefill(prompts)])
+        cache = torch.stack([torch.stack(pair) for pair in self.model(prompts)[1]])
         if room > self.room or self.ids.shape != buffers["ids"].shape:
             empty = cache.new_zeros(*cache.shape[:2], rows, room, *cache.shape[4:])
             vars(self).update(buffers, cache=empty, room=room, graph=None)
@@ -358,7 +358,7 @@ class Sampler:
             q = rotary_cache(q, k, v, *rope, keys, values, slot, self.done)
             return decode_attention(q, keys, values, slot + 1)
 
-        logits = self.model.logits(self.model.decode(self.token, position, attend))
+        logits = self.model.lm_head(self.model.decode(self.token, position, attend))
         key = mix(self.stream ^ mix(count.int()))
         token, logprob = sample(logits, self.banned, *self.heat.split(1), key)
         here = count.masked_fill(self.done, self.ids.shape[1] - 1)[:, None]
@@ -407,7 +407,8 @@ def naive_generate(model, banned, batch, group, new_tokens):
     wide = type(batch)(*(torch.cat([value] * group) for value in vars(wide).values()))
     rows = torch.arange(len(wide.ids), device=wide.ids.device)
     for _ in range(new_tokens):
-        logits = model.logits(model(wide)[rows, wide.lengths - 1]).masked_fill(banned, NEGATIVE)
+        logits = model.lm_head(model(wide)[0][rows, wide.lengths - 1])
+        logits = logits.masked_fill(banned, NEGATIVE)
         wide.ids[rows, wide.lengths] = logits.softmax(-1).multinomial(1)[:, 0]
         wide.lengths += 1
 

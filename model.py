@@ -40,19 +40,15 @@ class CheckpointError(ValueError):
 def preset_config(size, processor):
     """config.json of a tabletop model: an Idefics3 for one 64x64 tile, 16 image tokens."""
     v_layers, v_width, layers, width = SIZES[size]
-    ends = dict(bos_token_id=processor.tokenizer.token_to_id(data.START),
-                eos_token_id=processor.stop, pad_token_id=processor.pad, tie_word_embeddings=False)
-    return dict(
-        model_type="idefics3", architectures=["Idefics3ForConditionalGeneration"], scale_factor=2,
-        image_token_id=processor.image, dtype="float32", **ends, vision_config=dict(
-            model_type="idefics3_vision", hidden_size=v_width, intermediate_size=4 * v_width,
-            num_hidden_layers=v_layers, num_attention_heads=v_width // 32, image_size=64,
-            patch_size=8, layer_norm_eps=1e-6),
-        text_config=dict(
-            model_type="llama", vocab_size=processor.tokenizer.get_vocab_size(), hidden_size=width,
-            intermediate_size=width * 5 // 2, num_hidden_layers=layers, head_dim=32,
-            num_attention_heads=width // 32, num_key_value_heads=width // 64, rms_norm_eps=1e-5,
-            rope_theta=1e4, max_position_embeddings=2048, **ends))
+    vision = dict(hidden_size=v_width, intermediate_size=4 * v_width, num_hidden_layers=v_layers,
+                  num_attention_heads=v_width // 32, image_size=64, patch_size=8)
+    text = dict(model_type="llama", vocab_size=processor.tokenizer.get_vocab_size(), head_dim=32,
+                hidden_size=width, intermediate_size=width * 5 // 2, num_hidden_layers=layers,
+                num_attention_heads=width // 32, num_key_value_heads=width // 64,
+                rms_norm_eps=1e-5, pad_token_id=processor.pad)
+    return dict(model_type="idefics3", architectures=["Idefics3ForConditionalGeneration"],
+                scale_factor=2, image_token_id=processor.image, tie_word_embeddings=False,
+                dtype="float32", vision_config=vision, text_config=text)
 
 
 SIGLIP = dict(intermediate_size=3072, num_hidden_layers=12, layer_norm_eps=1e-6, hidden_size=1152,
@@ -371,27 +367,28 @@ class VLM(nn.Module):
             x = x.masked_scatter(places[:, None], features.type_as(x))
         return x
 
-    def read(self, batch):
-        """Every prompt in full, causal -> hidden states (M, D), Ragged, and the cache: L pairs of
-        keys and values (B, T, K, E), rotated."""
-        ragged, cache = Ragged(up_to(batch.lengths, batch.ids.shape[1])), [None] * self.layers
+    def run(self, x, positions, ragged, mask=None, past=None):
+        """The decoder over embedded tokens x (M, D) in a Ragged grid (B, T): causal, or by a mask
+        (B, 1, T, S), and then after `past(layer)`, keys and values of what came before.
+        -> hidden states (M, D); the cache: L pairs of keys and values (B, T, K, E), rotated"""
+        cache = [None] * self.layers
 
         def attend(layer, q, k, v, rope):
             q, k, v = (ragged.pad(x) for x in (rotary(q, *rope), rotary(k, *rope), v))
             cache[layer] = k, v
-            return ragged.pack(attention(q, k, v, causal=True))
+            if past:
+                k, v = (torch.cat(pair, 1) for pair in zip(past(layer), (k, v)))
+            return ragged.pack(attention(q, k, v, mask, causal=mask is None))
 
-        x = self.embed(ragged.pack(batch.ids), batch)
-        return self.text(x, ragged.pack(batch.positions), attend), ragged, cache
-
-    def prefill(self, batch):
-        """Reads B prompts once -> the cache that rollouts fork from, with gradient if enabled."""
-        return self.read(batch)[2]
+        return self.text(x, positions, attend), cache
 
     def forward(self, batch):
-        """The plain way: whole rows -> hidden states (B, T, D)."""
-        hidden, ragged, _ = self.read(batch)
-        return ragged.pad(hidden)
+        """Reads B prompts in full -> hidden states (B, T, D), and the cache that rollouts fork
+        from, with gradient if that is enabled."""
+        ragged = Ragged(up_to(batch.lengths, batch.ids.shape[1]))
+        x = self.embed(ragged.pack(batch.ids), batch)
+        hidden, cache = self.run(x, ragged.pack(batch.positions), ragged)
+        return ragged.pad(hidden), cache
 
     def fork(self, prompts, cache, ids, mask, group):
         """Continues each prompt with its group of rollouts, which attend to it and to themselves.
@@ -405,21 +402,12 @@ class VLM(nn.Module):
         seen = torch.cat([seen[:, None].expand(-1, len(step), -1),
                           (step <= step[:, None]).expand(len(ids), -1, -1)], -1)[:, None]
         ragged = Ragged(mask)
-
-        def attend(layer, q, k, v, rope):
-            q, k, v = (ragged.pad(x) for x in (rotary(q, *rope), rotary(k, *rope), v))
-            old_k, old_v = (x.repeat_interleave(group, 0) for x in cache[layer])
-            k, v = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1)          # (R, T + N, K, E)
-            return ragged.pack(attention(q, k, v, seen))
-
-        return self.text(self.text.embed_tokens(ragged.pack(ids)), ragged.pack(positions), attend)
+        return self.run(self.text.embed_tokens(ragged.pack(ids)), ragged.pack(positions), ragged,
+                        seen, lambda layer: [x.repeat_interleave(group, 0) for x in cache[layer]])[0]
 
     def decode(self, tokens, positions, attend):
         """One token a row against the sampler's cache. (R,), (R,) -> (R, D)"""
         return self.text(self.text.embed_tokens(tokens), positions, attend)
-
-    def logits(self, hidden):
-        return self.lm_head(hidden)
 
     def score(self, prompts, ids, mask, group=1, banned=None, temperature=1.0):
         """Log-prob and entropy of every response token: the one scorer of SFT, GRPO and tests.
@@ -429,7 +417,7 @@ class VLM(nn.Module):
         """
         last = prompts.ids.gather(1, (prompts.lengths - 1)[:, None]).repeat_interleave(group, 0)
         inputs = torch.cat([last, ids[:, :-1]], 1)
-        hidden = self.fork(prompts, self.prefill(prompts), inputs, mask, group)  # (M, D)
+        hidden = self.fork(prompts, self(prompts)[1], inputs, mask, group)     # (M, D)
         logprob, entropy = token_logprobs(hidden, self.lm_head.weight, ids[mask], banned,
                                           temperature)
         place = torch.zeros(ids.shape, dtype=logprob.dtype, device=ids.device)
@@ -498,18 +486,19 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def atomically(write, path):
+    """A reader sees the old file or the new one, whenever the writer is killed."""
+    write(f"{path}.new")
+    os.replace(f"{path}.new", path)
+
+
 def write_text(path, text):
-    """Atomic: a reader sees the old file or the new one, whenever the writer is killed."""
-    temporary = pathlib.Path(f"{path}.new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    atomically(lambda new: pathlib.Path(new).write_text(text, encoding="utf-8"), path)
 
 
 def write_tensors(path, tensors, metadata=None):
-    temporary = f"{path}.new"
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, temporary, metadata or {"format": "pt"})
-    os.replace(temporary, path)
+    atomically(lambda new: save_file(tensors, new, metadata or {"format": "pt"}), path)
 
 
 # What other programs read beside weights and tokenizer; kept as it came, sizes and ends apart.

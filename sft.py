@@ -269,25 +269,19 @@ def starting_model(c):
     return load(c.init, c.device, torch.bfloat16 if thin else torch.float32, c.prompt())
 
 
-def read_traces(path):
-    """Rollouts of evaluate.py --out on the world as examples: the right ones, as they stand."""
-    rows = read_rows(path)
-    examples = [replace(data.world_example_of(row["id"]), response=row["response"])
-                for row in rows if row.get("correct", True)]
-    if not examples:
-        raise data.DataError(f"{path}: no right answer among {len(rows)} rows")
-    return examples
-
-
 def training_examples(c):
-    """-> what this run imitates, a sequence of Example."""
+    """-> what this run imitates, a sequence of Example. A file of traces is one of rollouts on the
+    world (evaluate.py --out): the right ones, as they stand."""
     if c.data != "world":
         return data.load_dataset(c.data, "train", skip_bad_rows=c.skip_bad_rows)
     if c.stage == "base":
         return data.World("base", size=c.steps * c.batch)
-    if c.traces not in ("canonical", "verbose", "answer"):
-        return read_traces(c.traces)
-    return data.World("train", c.traces, c.examples)
+    if c.traces in ("canonical", "verbose", "answer"):
+        return data.World("train", c.traces, c.examples)
+    right = [row for row in read_rows(c.traces) if row.get("correct", True)]
+    if not right:
+        raise data.DataError(f"{c.traces}: no right answer among its rows")
+    return [replace(data.world_example_of(row["id"]), response=row["response"]) for row in right]
 
 
 def pick(count, batch, step, seed):

@@ -2,6 +2,7 @@
 import ast
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 import tokenize
@@ -97,7 +98,7 @@ def test_readme_commands_parse():
     found = readme_commands()
     assert len(found) >= 5
     for line in found:
-        script, *words = line.split()[1:]
+        script, *words = shlex.split(line)[1:]
         config = {"evaluate.py": evaluate.Config, "sft.py": sft.Config,
                   "grpo.py": grpo.Config}.get(script)
         if words[:1] == ["study"]:

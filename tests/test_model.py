@@ -48,7 +48,7 @@ def test_transformers_opens_a_run(made):
         if example.images:
             assert torch.equal(inputs["pixel_values"][0], batch.pixels)
         with torch.no_grad():
-            expected, got = theirs(**inputs).logits, model.logits(model(batch))
+            expected, got = theirs(**inputs).logits, model.lm_head(model(batch)[0])
         assert (expected - got).abs().max() < 1e-4
         tokens = theirs.generate(**inputs, do_sample=False, max_new_tokens=12)[0]
         ours = sampler.generate(batch, 1, 12, 0.0)
@@ -94,7 +94,7 @@ def test_family_is_that_of_transformers(checkpoint, family, tied):
         batch = processor.batch([example])
         inputs = plain_inputs(processor, batch)
         with torch.no_grad():
-            expected, got = theirs(**inputs).logits, ours.logits(ours(batch))
+            expected, got = theirs(**inputs).logits, ours.lm_head(ours(batch)[0])
         assert (expected - got).abs().max() < 1e-4 * max(1, expected.abs().max())
         tokens = theirs.generate(**inputs, do_sample=False, min_new_tokens=12, max_new_tokens=12)
         assert tokens[0, batch.ids.shape[1]:].tolist() == sampler.generate(batch, 1, 12, 0.0
@@ -140,7 +140,7 @@ def test_hub_config(checkpoint, family):
     batch = processor.batch(QUESTIONS[:1])
     with torch.no_grad():
         expected = theirs(**plain_inputs(processor, batch)).logits
-        assert torch.allclose(expected, ours.logits(ours(batch)), atol=1e-3)
+        assert torch.allclose(expected, ours.lm_head(ours(batch)[0]), atol=1e-3)
 
 
 def test_round_trip(made):
@@ -197,7 +197,7 @@ def plain_score(model, processor, examples, ids, mask, group):
         width, answer = batch.ids.shape[1], ids[r][mask[r]]
         batch = batch.widen(len(answer))
         batch.ids[0, width:], batch.lengths = answer, batch.lengths + len(answer)
-        logp = model.logits(model(batch))[0, width - 1:-1].log_softmax(-1)
+        logp = model.lm_head(model(batch)[0])[0, width - 1:-1].log_softmax(-1)
         rows.append(logp.gather(1, answer[:, None])[:, 0])
     return rows
 
@@ -264,29 +264,29 @@ def test_lora(checkpoint, tmp_path, family):
     model, processor = models.load(directory)
     batch = processor.batch(QUESTIONS[:2])
     with torch.no_grad():
-        before = model.logits(model(batch))
+        before = model.lm_head(model(batch)[0])
     models.add_lora(model, 3, 6.0, "q_proj,v_proj,down_proj")
-    assert torch.equal(model.logits(model(batch)), before)
+    assert torch.equal(model.lm_head(model(batch)[0]), before)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 3 * 2 and all("lora_" in name for name in trained)
     for name, p in model.named_parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.2)
     with torch.no_grad():
-        adapted = model.logits(model(batch))
+        adapted = model.lm_head(model(batch)[0])
         with models.without_lora(model) as base:
-            assert torch.equal(base.logits(base(batch)), before)
+            assert torch.equal(base.lm_head(base(batch)[0]), before)
     assert (adapted - before).abs().max() > 0.1
     models.save(model, processor, tmp_path / "out")
     again, _ = models.load(tmp_path / "out")
     with torch.no_grad():
-        assert torch.allclose(again.logits(again(batch)), adapted, atol=1e-4)
+        assert torch.allclose(again.lm_head(again(batch)[0]), adapted, atol=1e-4)
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(directory)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "out" / "adapter").eval()
     one = processor.batch(QUESTIONS[:1])
     with torch.no_grad():
         assert torch.allclose(theirs(**plain_inputs(processor, one)).logits,
-                              model.logits(model(one)), atol=1e-3)
+                              model.lm_head(model(one)[0]), atol=1e-3)
 
 
 def test_lora_on_nothing_is_an_error(checkpoint):

@@ -160,10 +160,11 @@ def test_file_of_rollouts_as_traces(tmp_path, start):
     path = tmp_path / "rollouts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     right = [f"<answer>{i}</answer>" for i in (0, 2, 4)]
-    assert [example.response for example in sft.read_traces(path)] == right
+    c = sft.Config(traces=str(path))
+    assert [example.response for example in sft.training_examples(c)] == right
     path.write_text(json.dumps(rows[1]))
     with pytest.raises(data.DataError, match="no right answer"):
-        sft.read_traces(path)
+        sft.training_examples(c)
 
 
 def test_learns_by_heart(tmp_path, start):
