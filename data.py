@@ -48,13 +48,9 @@ class Example:
         return [one if isinstance(one, Image.Image) else open_image(one) for one in self.images]
 
 
-def reasoned(rationale, answer):
+def tagged(answer, rationale=""):
     """The form that the format reward asks for (R1's); without a rationale the answer alone."""
-    return f"<think>{rationale}</think>{bare(answer)}" if rationale else bare(answer)
-
-
-def bare(answer):
-    return f"<answer>{answer}</answer>"
+    return f"<think>{rationale}</think>" * bool(rationale) + f"<answer>{answer}</answer>"
 
 
 # ------------------------------------------------------------------ the tabletop world: scenes
@@ -233,7 +229,7 @@ def world_example(split, index, style="canonical", words=False):
     *known, new = FAMILIES[family]
     text = (new if split == "ood" else rng.choice(known)).format(**values)
     sentences = hesitate(rng, steps) if style == "verbose" else steps
-    response = bare(answer) if style == "answer" else reasoned(". ".join(sentences) + ".", answer)
+    response = tagged(answer, ". ".join(sentences) + "." if style != "answer" else "")
     images = [] if words or split == "text" else [paint(scene)]
     text = IMAGE + text if images else f"The table: {describe(scene)} {text}"
     return Example(f"{split}/{index}", text, answer, response, images, family=family, scene=scene)
@@ -386,7 +382,7 @@ def row_texts(row):
                             f"got the fields {list(row)!r:.200}")
     thought = re.sub("</?think>", "", take(row, text, "rationale", "thinking") or "").strip()
     system = take(row, text, "system", "system message") or ""
-    return question, answer, take(row, text, *said) or reasoned(thought, answer), system
+    return question, answer, take(row, text, *said) or tagged(answer, thought), system
 
 
 def read_row(row, root, where):

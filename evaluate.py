@@ -41,8 +41,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def option(default, doc, choices=None, least=None):
     """A field of a Config: its default, its line in --help, what it may be."""
-    return dataclasses.field(default=default,
-                             metadata=dict(doc=doc, choices=choices, least=least))
+    return dataclasses.field(default=default, metadata=dict(doc=doc, choices=choices, least=least))
 
 
 def parse(Config, argv=None, doc=""):
@@ -79,8 +78,7 @@ def run_script(main, Config, doc, argv=None):
 
 # ----------------------------------------------------------------------------------- the grader
 
-NUMBER = r"\s*-?\d+(?:\.\d+)?\s*"
-BOX = re.compile(rf"\[{NUMBER}(?:,{NUMBER}){{3}}\]")
+BOX = re.compile(r"\[" + ",".join([r"\s*(-?\d+(?:\.\d+)?)\s*"] * 4) + r"\]")
 FORMATS = {"tags": re.compile(r"<think>(.+?)</think>\s*<answer>(.+?)</answer>", re.S),
            "boxed": re.compile(r"<think>(.+?)</think>\s*\\boxed\{(.+)\}", re.S)}
 MAX_ANSWER, LARGEST = 400, 10 ** 12  # a longer answer is none, a larger number is only text
@@ -93,15 +91,14 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"\^ ?\{? ?\\circ ?\}?|\\degree", "°"), (r"\\[dt]?(?=frac|sqrt|pi|arc|sin|cos|tan|%)", ""),
     (r"arc(?=sin|cos|tan)", "a"), (r"frac ?(\d) ?", r"frac{\1}/"), (r"\} ?(?=[\d{])", "}/"),
     (r"\{", "("), (r"\}", ")"), (r"\^ ?\((\d)\)", r"^\1"), (r"\^", "**"),
-    (r"sqrt ?\[3\] ?\(([^()]*)\)", r"((\1)**(1/3))"), (r"sqrt ?([\d.]+|pi)", r"sqrt(\1)"),
-    (r"((?:sin|cos|tan) ?\(? ?)([\d.]+) ?°", r"\1(\2*pi/180)"),
+    (r"sqrt ?([\d.]+|pi)", r"sqrt(\1)"), (r"((?:sin|cos|tan) ?\(? ?)([\d.]+) ?°", r"\1(\2*pi/180)"),
     (r"(?<![\d.,/])(?<!/ )(\d+)(?: ?frac\((\d+)\)/\(?(\d+)\)?| (\d+)/(\d+))", r"(\1+\2\4/\3\5)"),
-    ("frac", ""), (r"(?<=[\di)] )(?:square|sq\.?) ([a-z]+)", r"\1**2"))]
-FORMULA = re.compile(r"((?:[\d.+*/() -]|(?<=\d)e[-+]?\d|a?(?:sin|cos|tan)|sqrt|pi)*)(.*)")
+    ("frac", ""), (r"sqrt ?\[3\]", "cbrt"),
+    (r"(?<=[\di)] )(?:square|sq\.?) ([a-z]+)", r"\1**2"))]
+FORMULA = re.compile(r"((?:[\d.+*/() -]|(?<=\d)e[-+]?\d|a?(?:sin|cos|tan)|sqrt|cbrt|pi)*)(.*)")
 TIMES = re.compile(r"(?<=[\d.)i]) ?(?=\(|[acpst])")               # in 2√3, which has no sign
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-             ast.Div: operator.truediv, ast.Pow: math.pow, ast.USub: operator.neg,
-             ast.UAdd: operator.pos}
+             ast.Div: operator.truediv, ast.Pow: math.pow}
 UNITS = {word + plural + power: words.split()[0] + power for words in (       # spelling -> unit
     "mm millimeter millimetre,cm centimeter centimetre,m meter metre,km kilometer kilometre,"
     "in inch inche,ft foot feet,yd yard,mi mile,° degree deg,% percent,unit").split(",")
@@ -135,11 +132,11 @@ def value(node):
         return getattr(math, node.id)
     if isinstance(node, ast.Call):
         return value(node.func)(value(node.args[0]))
-    sides = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
-    sides, exact = [value(side) for side in sides], isinstance(node.op, ast.Add | ast.Sub | ast.Mult)
-    if exact and {type(side) for side in sides} == {Fraction} and not 0 < sides[1] < 1:
-        return math.nan
-    return OPERATORS[type(node.op)](*sides)
+    if isinstance(node, ast.UnaryOp):
+        return value(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
+    left, right, sign = value(node.left), value(node.right), type(node.op)
+    exact = sign in (ast.Add, ast.Sub, ast.Mult) and type(left) is type(right) is Fraction
+    return math.nan if exact and not 0 < right < 1 else OPERATORS[sign](left, right)
 
 
 def number(text):
@@ -164,19 +161,21 @@ def same_number(answer, gold, question=""):
     if asked := ROUNDED.search(question):
         *values, wanted = [math.floor(each * 10 ** (asked.lastindex or 0) + 0.5)
                            for each in (*values, wanted)]
+        return wanted in values
     slack, decimals = abs(wanted) * 1e-13, re.search(r"\.(\d+)", gold)
-    if not asked and (isinstance(wanted, float) or pow(10, 99, wanted.denominator)):
+    if isinstance(wanted, float) or pow(10, 99, wanted.denominator):
         slack = abs(wanted) / 1000
-    elif not asked and decimals:
+    elif decimals:
         slack = min(Fraction(1, 2 * 10 ** len(decimals[1])), abs(wanted) / 99)    # 1/3 is 0.33
     return any(abs(each - wanted) <= slack for each in values)
 
 
 def same_box(answer, gold):
     """Whether two texts are boxes [x1, y1, x2, y2] with an intersection over union >= 0.5."""
-    if not BOX.fullmatch(answer) or not BOX.fullmatch(gold):
+    found = BOX.fullmatch(answer), BOX.fullmatch(gold)
+    if None in found:
         return False
-    a, b = ([float(part) for part in text[1:-1].split(",")] for text in (answer, gold))
+    a, b = (list(map(float, match.groups())) for match in found)
     shared = [*map(max, a[:2], b[:2]), *map(min, a[2:], b[2:])]
     common, *areas = [max(c[2] - c[0], 0) * max(c[3] - c[1], 0) for c in (shared, a, b)]
     return 3 * common >= sum(areas) > 0
@@ -186,11 +185,9 @@ def chosen(text, choices):
     """The choice that a letter, a text, both or a value speak of, or None."""
     if text in choices:
         return choices.index(text)
-    if found := re.fullmatch(r"\(?([a-z])(?:[).:]+ ?(.*)|)", text):
-        place = ord(found[1]) - 97
-        fits = place < len(choices) and (not found[2] or chosen(found[2], choices) == place)
-        return place if fits else None
-    equal = [i for i, choice in enumerate(choices) if same_number(text, choice)]
+    letter, rest = re.fullmatch(r"(?:\(?([a-z])(?:[).:]+ ?|$))?(.*)", text).groups()
+    equal = [i for i, choice in enumerate(choices) if letter in (None, chr(97 + i))
+             and (letter and not rest or rest == choice or same_number(rest, choice))]
     return equal[0] if len(equal) == 1 else None
 
 
@@ -320,10 +317,8 @@ class AskConfig:
     data: str = option("world", "world, or a .jsonl or .json file")
     system: str = option(None, "system line of the prompt")
     instruction: str = option(None, "text after each question, e.g. to think first")
-    answer_format: str = option(None, "tags: <answer>3</answer>; boxed: \\boxed{3}",
-                                ("tags", "boxed"))
-    longest_edge: int = option(None, "of a picture, in pixels; Qwen: its square caps the area "
-                                     "(default: one tile; Qwen: 512)", least=1)
+    answer_format: str = option(None, "tags: <answer>3</answer>; boxed: \\boxed{3}", tuple(FORMATS))
+    longest_edge: int = option(None, "of a picture (default: one tile; Qwen: an area of 512²)", least=1)
     max_new_tokens: int = option(48, "longest answer", least=1)
     seed: int = option(0, "seed of everything random", least=0)
     device: str = option(DEVICE, "cpu or cuda", ("cpu", "cuda"))
@@ -418,23 +413,21 @@ def study_cells(c):
     """The study as a list of commands to paste: `command` makes a model, `evaluation` tests it."""
     preset, out, cells = PRESETS[c.preset], pathlib.Path(c.out), []
     bases = dict(strong=f"{out}/base", weak=f"{out}/base/step-{preset['weak']}")
-
-    def add(strength, method, seed, model, command):
-        name = f"{strength}-{method}" + f"-{seed}" * (method != "base")
+    trained = product(range(c.seeds), ("weak", "strong"), list(METHODS)[1:])
+    for seed, strength, method in [(0, "strong", "base"), (0, "weak", "base"), *trained]:
+        name, model = f"{strength}-{method}-{seed}", f"{out}/{strength}-{method}-{seed}"
+        init = f"{out}/{strength}-sft-{seed}" if method == "sft-grpo" else bases[strength]
+        script = method.split("-")[-1]
+        start = f"{script}.py --init {init} --seed {seed}"
+        if method == "base":
+            name, model, start = f"{strength}-base", bases[strength], "sft.py --stage base"
+        command = f"python {start} {preset[script]} --out {model} --device {c.device} --resume"
         answers = f"{out}/answers/{name}.jsonl"
-        command = command and f"python {command} --out {model} --device {c.device} --resume"
         evaluation = (f"python evaluate.py --model {model} --limit {preset['limit']} "
                       f"--device {c.device} --out {answers}")
         cells.append(dict(name=name, strength=strength, method=method, seed=seed, model=model,
-                          command=command, evaluation=evaluation, answers=answers))
-
-    add("strong", "base", 0, bases["strong"], f"sft.py --stage base {preset['base']}")
-    add("weak", "base", 0, bases["weak"], "")
-    for seed, strength, method in product(range(c.seeds), ("weak", "strong"), list(METHODS)[1:]):
-        init = f"{out}/{strength}-sft-{seed}" if method == "sft-grpo" else bases[strength]
-        script = method.split("-")[-1]
-        add(strength, method, seed, f"{out}/{strength}-{method}-{seed}",
-            f"{script}.py --init {init} --seed {seed} {preset[script]}")
+                          command=command if name != "weak-base" else "", evaluation=evaluation,
+                          answers=answers))
     return cells
 
 
@@ -484,41 +477,38 @@ def study(c):
             done[cell["name"]] = cell | dict(seconds=seconds, splits=splits, curve=curve)
             results["cells"] = list(done.values())
             write_text(path, json.dumps(results, indent=1))
-    blocks = report(**results)
-    write_text(path.with_name("report.md"), "\n\n".join(markdown(*block) for block in blocks))
-    write_text(path.with_name("report.html"), HEAD + "".join(markup(*block) for block in blocks))
+    for name, text in zip(("report.md", "report.html"), report(**results)):
+        write_text(path.with_name(name), text)
     print(f"\n{markdown_table(main_table(results['cells']))}\n\nmore in {c.out}/report.html")
 
 
 # ---------------------------------------------------------------------------------- the report
 
 HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>SFT against GRPO</title>
-<style>body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto}figure{margin:0}
+<style>body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto}pre{overflow:auto}
 table{border-collapse:collapse;margin:1em 0}td{padding:.2em .7em;border-bottom:1px solid #ddd}
-tr:first-child{font-weight:bold}img{height:160px;image-rendering:pixelated}pre{overflow:auto}
-.True,.faithful{color:#0b6e4f}.False,.wrong{color:#b3261e}.lucky{color:#b36b00}</style>"""
+tr:first-child{font-weight:bold}img{height:160px;image-rendering:pixelated}.lucky{color:#b36b00}
+.True,.faithful{color:#0b6e4f}.False,.wrong{color:#b3261e}</style><h1>SFT against GRPO</h1>"""
+NOTES = """Accuracy in percent with 95 % Wilson intervals; what follows is of the test. Faithful: right,
+and every step of the reasoning true; lucky: right, with a false step. ρ: Spearman correlation of
+training reward and held-out accuracy after a run's first third; below 0, the reward deceives.
+Regret: best minus last held-out accuracy. One seed is not evidence."""
 
 
-def names(cell):
-    """How the tables speak of a cell: its base, its method (and its seed, where there are more)."""
-    return [cell["strength"], METHODS[cell["method"]] + f" #{cell['seed']}" * (cell["seed"] > 0)]
+def html_table(rows):
+    return "<table>" + "".join("<tr><td>" + "<td>".join(row) for row in rows) + "</table>"
 
 
 def main_table(cells):
-    """As lists of text, its header first."""
-    rows = [["base", "method", *cells[0]["splits"], *COLUMNS[1:], "seconds"]]
+    """As lists of text, its header first; ρ and regret are those of reward_curve."""
+    rows = [["base", "method", *cells[0]["splits"], *COLUMNS[1:], "seconds", "ρ", "regret"]]
     for cell in sorted(cells, key=lambda cell: cell["strength"], reverse=True):
+        method = METHODS[cell["method"]] + f" #{cell['seed']}" * (cell["seed"] > 0)
         accuracy, *more = zip(*map(columns, cell["splits"].values()))         # of each split
-        rows.append([*names(cell), *accuracy, *(part[0] for part in more), str(cell["seconds"])])
-    return rows
-
-
-def curve_table(cells):
-    rows = [["base", "method", *(f"{name} first → last" for name in CURVES), "ρ", "regret"]]
-    for cell in cells:
-        (first, *_, last), rho = cell["curve"]["points"], cell["curve"]["spearman"]
-        rows.append([*names(cell), *(f"{first[name]:.2f} → {last[name]:.2f}" for name in CURVES),
-                     "–" if rho is None else f"{rho:+.2f}", f"{cell['curve']['regret']:.3f}"])
+        rho, regret = map((cell["curve"] or {}).get, ("spearman", "regret"))
+        rows.append([cell["strength"], method, *accuracy, *(part[0] for part in more),
+                     str(cell["seconds"]), "" if rho is None else f"{rho:+.2f}",
+                     "" if regret is None else f"{regret:.3f}"])
     return rows
 
 
@@ -535,54 +525,33 @@ def chart(title, points):
             f'<text x="45" y="18" font-weight="bold">{title}, {last} steps</text>{drawn}</svg>')
 
 
-def rollout_row(example, cell, row):
-    """An answer with each step marked; everything that the model wrote is escaped."""
-    steps = grade(row["response"], example).steps or [(row["response"], None)]
-    said = ". ".join(f"<span class={true}>{html.escape(step)}</span>" for step, true in steps)
-    answer, reward = data.strip_answer(row["response"]), row["correct"] + 0.1 * row["formatted"]
-    return [" ".join(names(cell)), f"{said} <b>{html.escape(answer)}</b>",
-            f"<span class={kind(row)}>{kind(row)}</span>, reward {reward:.1f}"]
-
-
-def rollout_table(cells, rows):
-    """One question put to every model: picture, question, and each answer with its reward."""
+def rollouts(cells, rows):
+    """One question put to every model: picture, question, and each answer with its steps marked
+    and its reward; everything that a model wrote is escaped."""
     example, file = data.world_example_of(rows[0]["id"]), io.BytesIO()
     example.images[0].save(file, "PNG")
     picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    head = [f'<img src="{picture}">', example.question.removeprefix(data.IMAGE), example.answer]
-    return markup("table", [head, *(rollout_row(example, *pair) for pair in zip(cells, rows))])
+    table = [[f'<img src="{picture}">', example.question.removeprefix(data.IMAGE), example.answer]]
+    for cell, row in zip(cells, rows):
+        steps = grade(row["response"], example).steps or [(row["response"], None)]
+        said = ". ".join(f"<span class={true}>{html.escape(step)}</span>" for step, true in steps)
+        answer, reward = data.strip_answer(row["response"]), row["correct"] + 0.1 * row["formatted"]
+        table.append([cell["name"], f"{said} <b>{html.escape(answer)}</b>",
+                      f"<span class={kind(row)}>{kind(row)}</span>, reward {reward:.1f}"])
+    return html_table(table)
 
 
 def report(preset, machine, cells):
-    """-> [(HTML tag, content)], from which both forms of the report are made."""
-    runs = [cell for cell in cells if cell["curve"]]
-    charts = [chart(" base, ".join(names(run)), run["curve"]["points"]) for run in runs]
-    answers = zip(*(read_rows(cell["answers"]) for cell in cells))
-    rollouts = [rollout_table(cells, rows) for rows in list(answers)[:12]]
-    commands = [cell[key] for cell in cells for key in ("command", "evaluation") if cell[key]]
-    return [
-        ("h1", "SFT against GRPO"), ("p", f"Preset {preset}, on {machine}."),
-        ("table", main_table(cells)), ("p", "Accuracy in percent with 95 % Wilson intervals; what "
-         "follows is of the test. Faithful: right, and every step of the reasoning true; lucky: "
-         "right, with a false step. One seed is not evidence."),
-        ("h2", "Reward, made of accuracy and format, against held-out accuracy"),
-        ("figure", "".join(charts)), ("table", curve_table(runs)), ("p", "ρ: Spearman correlation "
-         "of reward and held_out after a run's first third; below 0, the reward deceives. Regret: "
-         "best minus last held_out."), ("h2", "Rollouts (green: a true step, red: a false one)"),
-        ("figure", "".join(rollouts)), ("h2", "Commands"), ("pre", "\n".join(commands))]
-
-
-def markdown(tag, content):
-    forms = dict(h1="# {}", h2="## {}", p="{}", pre="```\n{}\n```\n", figure="See report.html.")
-    return markdown_table(content) if tag == "table" else forms[tag].format(content)
-
-
-def markup(tag, content):
-    """HTML of a block; what stands in tables and figures is markup already."""
-    if tag == "table":
-        content = "".join("<tr><td>" + "<td>".join(row) for row in content)
-    inner = content if tag in ("table", "figure") else html.escape(content)
-    return f"<{tag}>{inner}</{tag}>"
+    """-> the report in Markdown, and in HTML with curves and rollouts."""
+    table, about = main_table(cells), f"Preset {preset}, on {machine}."
+    commands = "\n".join(cell[key] for cell in cells for key in ("command", "evaluation"))
+    charts = [chart(cell["name"], cell["curve"]["points"]) for cell in cells if cell["curve"]]
+    answers = list(zip(*(read_rows(cell["answers"]) for cell in cells)))
+    asked = [rollouts(cells, rows) for rows in answers[:12]]
+    return (f"# SFT against GRPO\n\n{about}\n\n{markdown_table(table)}\n\n{NOTES}\n\n```\n{commands}"
+            "\n```\n", f"{HEAD}<p>{about}</p>{html_table(table)}<p>{NOTES}</p>{''.join(charts)}"
+            f"<h2>Rollouts (green: a true step, red: a false one)</h2>{''.join(asked)}"
+            f"<h2>Commands</h2><pre>{html.escape(commands)}</pre>")
 
 
 if __name__ == "__main__":

@@ -83,13 +83,13 @@ if triton:
         return load(x + at, inside) * load(cos + angle, inside) + turned * load(sin + angle, inside)
 
     @triton.jit
-    def rotary_cache_kernel(q, k, v, cos, sin, keys, values, slots, done, out, room, H, K, E,
+    def rotary_cache_kernel(q, k, v, cos, sin, keys, values, slots, out, room, H, K, E,
                             BLOCK: tl.constexpr):
         row, head, at = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
         if head < H:
             q_at = (row * H + head) * E
             tl.store(out + q_at + at, rotated(q + q_at, cos, sin, row, E, BLOCK), at < E)
-        elif tl.load(done + row) == 0:             # a finished row writes nothing
+        else:
             k_at = (row * K + head - H) * E
             slot = ((row * room + tl.load(slots + row)) * K + head - H) * E + at
             tl.store(keys + slot, rotated(k + k_at, cos, sin, row, E, BLOCK), at < E)
@@ -165,22 +165,21 @@ def rotary(x, cos, sin):
     return (x * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)).type_as(x)
 
 
-def rotary_cache_triton(q, k, v, cos, sin, keys, values, slots, done):
+def rotary_cache_triton(q, k, v, cos, sin, keys, values, slots):
     q, k, v, cos, sin = (x.contiguous() for x in (q, k, v, cos, sin))
     (rows, H, E), K, out = q.shape, k.shape[1], torch.empty_like(q)
     room = keys.stride(0) // keys.stride(1)          # of a window: that of its whole cache
-    rotary_cache_kernel[(rows, H + K)](q, k, v, cos, sin, keys, values, slots, done, out, room,
-                                       H, K, E, triton.next_power_of_2(E))
+    rotary_cache_kernel[(rows, H + K)](q, k, v, cos, sin, keys, values, slots, out, room, H, K, E,
+                                       triton.next_power_of_2(E))
     return out
 
 
 @on_cuda(rotary_cache_triton)
-def rotary_cache(q, k, v, cos, sin, keys, values, slots, done):
-    """Rotates q and k, and writes k and v of each unfinished row r to its slot in the cache.
-    q (R, H, E); k, v (R, K, E); cos, sin (R, E); keys, values (R, S, K, E); slots, done (R,)."""
-    rows, finished = torch.arange(len(q), device=q.device), done[:, None, None]
-    keys[rows, slots] = torch.where(finished, keys[rows, slots], rotary(k, cos, sin))
-    values[rows, slots] = torch.where(finished, values[rows, slots], v)
+def rotary_cache(q, k, v, cos, sin, keys, values, slots):
+    """Rotates q and k, and writes k and v of each row r to its slot in the cache.
+    q (R, H, E); k, v (R, K, E); cos, sin (R, E); keys, values (R, S, K, E); slots (R,)."""
+    rows = torch.arange(len(q), device=q.device)
+    keys[rows, slots], values[rows, slots] = rotary(k, cos, sin), v
     return rotary(q, cos, sin)
 
 
@@ -198,9 +197,9 @@ def decode_attention(q, keys, values, lengths):
     """One query per row against the first lengths[r] slots of its cache, heads grouped.
     q (R, H, E); keys, values (R, S, K, E); lengths (R,) -> (R, H, E)."""
     mask = torch.arange(keys.shape[1], device=q.device) < lengths[:, None]      # (R, S)
-    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-    return F.scaled_dot_product_attention(q[:, :, None], keys, values, mask[:, None, None],
-                                          enable_gqa=True)[:, :, 0]
+    q = q.unflatten(1, (keys.shape[2], -1))         # a group of heads is a row of queries
+    return F.scaled_dot_product_attention(q, keys.transpose(1, 2), values.transpose(1, 2),
+                                          mask[:, None, None]).flatten(1, 2)
 
 
 def gumbel(keys, vocabulary):
@@ -350,12 +349,13 @@ class Sampler:
         self.cache.unflatten(2, (B, group))[:, :, :, :, :width] = cache[:, :, :, None]
 
     def step(self, window):
-        """One token for every row, in place. window: how many cache slots can be in use."""
+        """One token for every row, in place. window: how many cache slots can be in use. A row
+        that is done stays where it is and writes where nothing is read."""
         slot, position, count = self.counters
 
         def attend(layer, q, k, v, rope):
             keys, values = self.cache[layer, :, :, :window]
-            q = rotary_cache(q, k, v, *rope, keys, values, slot, self.done)
+            q = rotary_cache(q, k, v, *rope, keys, values, slot)
             return decode_attention(q, keys, values, slot + 1)
 
         logits = self.model.lm_head(self.model.decode(self.token, position, attend))

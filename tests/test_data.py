@@ -417,7 +417,7 @@ def test_real_data(name, count):
     assert len(examples) == count == len({example.id for example in examples})
     for example in examples:
         assert example.answer.strip() and example.question.count(data.IMAGE) == 1
-        assert example.response.endswith(data.bare(example.answer))
+        assert example.response.endswith(data.tagged(example.answer))
 
 
 # ------------------------------------------------------------ the tokens; as in transformers

@@ -20,7 +20,7 @@ CHOICES, LENGTHS = ["6", "3", "4", "2"], ["5 cm", "5 m", r"$\frac{13}{2}$ cm", "
 PICKS = ["green square", "B", "A"]
 
 TRUTH = [  # gold, answers that are right, answers that are wrong[, question[, choices]]
-    ("5", ["5", " 5 ", "5.", "5.0", "05", "+5", "5,", "**5**", "$5", "$5$", "5.000", "10/2", "٥",
+    ("5", ["5", " 5 ", "5.", "5.0", "05", "+5", "5,", "**5**", "$5", "$5$", "5.000", "10/2",
            r"\(5\)", r"\[5\]", r"\boxed{5}", "x = 5", "x=5", "$x = 5$", "= 5", r"\text{5}",
            "(5)", "AB = 5", "5 cm", "5 units", "5^\\circ", "5%", r"\frac{10}{2}", r"\sqrt{25}",
            "√25", "500%", "-(-5)", r"x \approx 5", "Area = 5", r"\mathrm{5}"],
