@@ -54,7 +54,6 @@ def tagged(answer, rationale=""):
 
 
 # ------------------------------------------------------------------ the tabletop world: scenes
-
 CELL, SIDE = 16, 4                   # 4 x 4 cells of 16 pixels: one image token sees one cell
 COLOURS = dict(red=(214, 40, 40), green=(44, 160, 70), blue=(40, 90, 220), yellow=(235, 200, 30))
 SHAPES = ("circle", "square", "triangle")
@@ -108,7 +107,6 @@ def describe(things):
 
 
 # ------------------------------------------------ the tabletop world: questions and rationales
-
 def matching(things, phrase):
     """The things that a phrase like «red circles», «squares» or «blue shape» speaks of."""
     *colour, shape = phrase.removesuffix("s").split()
@@ -127,15 +125,17 @@ def pick_phrase(rng, things, kind):
     return {"shape": shape, "colour": f"{colour} shape", "pair": f"{colour} {shape}"}[kind]
 
 
-# Each ask_* returns what the wording needs, the steps (see CLAIMS) that lead there, the answer.
-def ask_count(rng, things, family):
-    phrase = pick_phrase(rng, things, rng.choice(("shape", "colour", "pair"))) + "s"
-    count = len(matching(things, phrase))
-    return dict(a=phrase), [f"{phrase}: {count}"], str(count)
-
-
-def ask_pair(rng, things, family):
-    """The four families that count two phrases; no thing can match both of them."""
+def ask(rng, things, family):
+    """-> what the wording of a question needs, the steps (see CLAIMS) that lead to its answer, the
+    answer. Four families count two phrases; no thing can match both of them."""
+    if family == "location":
+        thing = rng.choice(singles(things))
+        place = f"{named(thing)}: row {thing.row}, column {thing.column}"
+        return dict(a=named(thing)), [place], str(list(thing.box))
+    if family == "count":
+        phrase = pick_phrase(rng, things, rng.choice(("shape", "colour", "pair"))) + "s"
+        count = len(matching(things, phrase))
+        return dict(a=phrase), [f"{phrase}: {count}"], str(count)
     kind, a, b = rng.choice(("shape", "colour")), None, None
     while a == b:
         a, b = pick_phrase(rng, things, kind), pick_phrase(rng, things, kind)
@@ -150,12 +150,6 @@ def ask_pair(rng, things, family):
     answer = end[-1].split()[-1] if family != "comparison" else "yes" if n > m else "no"
     values = dict(a=a + "s", b=b + "s", one=a, other=b, x=x, y=y)
     return values, [f"{a}s: {n}", f"{b}s: {m}", *end], answer
-
-
-def ask_location(rng, things, family):
-    thing = rng.choice(singles(things))
-    place = f"{named(thing)}: row {thing.row}, column {thing.column}"
-    return dict(a=named(thing)), [place], str(list(thing.box))
 
 
 FAMILIES = dict(     # two wordings of training, one for ood: known words, but never together so
@@ -224,7 +218,6 @@ def world_example(split, index, style="canonical", words=False):
     rng = random.Random(f"{'test' if split == 'text' else split}/{index}")
     family = list(FAMILIES)[index % len(FAMILIES)]
     scene = make_scene(rng, split, family)
-    ask = dict(count=ask_count, location=ask_location).get(family, ask_pair)
     values, steps, answer = ask(rng, scene, family)
     *known, new = FAMILIES[family]
     text = (new if split == "ood" else rng.choice(known)).format(**values)
@@ -247,15 +240,6 @@ def world_example_of(name):
 BASE_MIX = {"caption": 6, "counts": 34, "boxes": 8, "answer": 28, "reasoned": 13, "text": 11}
 
 
-def list_counts(rng, things):
-    """Many counts for one picture, mostly in any order: where a small model learns to count."""
-    phrases = [*SHAPES, *(f"{colour} shape" for colour in COLOURS)]
-    if rng.random() < 0.85:
-        rng.shuffle(phrases)
-        phrases[4:] = [pick_phrase(rng, things, "pair") for _ in range(2)]
-    return [f"{phrase}s: {len(matching(things, phrase))}." for phrase in phrases]
-
-
 def base_example(index):
     """Pretraining for a model that can reason but mostly answers at once, as instruct models do."""
     rng = random.Random(f"base/{index}")
@@ -263,8 +247,13 @@ def base_example(index):
     style = "canonical" if kind == "reasoned" else "answer"
     example = world_example("train", 10_000_000 + index, style, words=kind == "text")
     things, single = example.scene, singles(example.scene)
-    if kind == "counts":
-        question, said = "Count everything.", list_counts(rng, things)
+    if kind == "counts":             # mostly in any order: where a small model learns to count
+        phrases = [*SHAPES, *(f"{colour} shape" for colour in COLOURS)]
+        if rng.random() < 0.85:
+            rng.shuffle(phrases)
+            phrases[4:] = [pick_phrase(rng, things, "pair") for _ in range(2)]
+        said = [f"{phrase}s: {len(matching(things, phrase))}." for phrase in phrases]
+        question = "Count everything."
     elif kind == "boxes" and single:
         some = rng.sample(single, min(3, len(single)))
         question = f"Box {', '.join(map(named, some))}."
@@ -278,7 +267,6 @@ def base_example(index):
 
 class World:
     """A split of the tabletop world as a sequence: `World("train")[7]`."""
-
     def __init__(self, split, style="canonical", size=20_000):
         world = functools.partial(world_example, split, style=style)
         self.make, self.indices = base_example if split == "base" else world, range(size)
@@ -291,7 +279,6 @@ class World:
 
 
 # ------------------------------------------------------------------------------- JSONL files
-
 ROLES = dict(human="user", gpt="assistant", system="system", user="user", assistant="assistant")
 
 
@@ -414,7 +401,7 @@ def read_examples(path, skip_bad_rows=False):
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: neither «world» nor a .jsonl or .json file ({error})") from None
     for number, line in enumerate(lines, 1):
-        where = f"{path}: row {number}" if listed else f"{path}:{number}"
+        where = f"{path}:{number}"                   # its line, or its place in the list
         try:
             if line.strip():
                 examples.append(read_row(json.loads(line), path.parent.resolve(), where))
@@ -430,16 +417,15 @@ def read_examples(path, skip_bad_rows=False):
 
 
 def load_dataset(data, split="train", style="canonical", skip_bad_rows=False):
-    """«world», or a file. Of a file, the last twentieth (at most 200 rows) is the split val."""
+    """«world», or a file. Of a file, the last twentieth (1 to 200 rows) is the split val."""
     if data == "world":
         return World(split, style)
     examples = read_examples(data, skip_bad_rows)
-    kept = len(examples) - min(200, len(examples) // 20)
-    return {"train": examples[:kept], "val": examples[kept:]}.get(split, examples)
+    kept = len(examples) - max(1, min(200, len(examples) // 20))
+    return {"train": examples[:kept] or examples, "val": examples[kept:]}.get(split, examples)
 
 
 # ---------------------------------------------------------------------- tokens, prompts, tiles
-
 START, STOP, AROUND, GLOBAL, PAD = ("<|im_start|>", "<end_of_utterance>",
                                     "<fake_token_around_image>", "<global-img>", "<pad>")
 CHAT_TEMPLATE = (
@@ -467,24 +453,20 @@ def train_tokenizer(examples, vocabulary=2048):
     return tokenizer
 
 
-def shorter_side(size, longer):
-    """The shorter side once the longer one is `longer`, in the arithmetic of transformers."""
-    ratio = size[0] / size[1]
-    return int(longer / ratio if ratio >= 1 else longer * ratio)
-
-
 def image_tiles(image, tile, longest_edge):
     """Idefics3's preprocessing -> [tiles, then the global view], rows, columns (0, 0: one tile)."""
-    short = shorter_side(image.size, longest_edge)
-    short = max(short + short % 2, 1)
-    size = (longest_edge, short) if image.width >= image.height else (short, longest_edge)
-    image = image.resize(size, LANCZOS)
-    long = math.ceil(max(size) / tile)
-    short = math.ceil(shorter_side(size, long * tile) / tile)
-    rows, columns = (short, long) if image.width >= image.height else (long, short)
-    if longest_edge <= tile or rows * columns == 1:
+    def scaled(image, longer, step):
+        """The shorter side a multiple of `step`, in the arithmetic of transformers."""
+        ratio = image.width / image.height
+        short = int(longer / ratio if ratio >= 1 else longer * ratio)
+        short = max(short + -short % step, 1)
+        return image.resize((longer, short) if ratio >= 1 else (short, longer), LANCZOS)
+
+    image = scaled(image, longest_edge, 2)
+    if longest_edge <= tile:
         return [image.resize((tile, tile), LANCZOS)], 0, 0
-    image = image.resize((columns * tile, rows * tile), LANCZOS)
+    image = scaled(image, math.ceil(max(image.size) / tile) * tile, tile)
+    columns, rows = (side // tile for side in image.size)
     tiles = [image.crop((c * tile, r * tile, (c + 1) * tile, (r + 1) * tile))
              for r in range(rows) for c in range(columns)]
     return tiles + [image.resize((tile, tile), LANCZOS)], rows, columns

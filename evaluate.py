@@ -3,30 +3,26 @@
     python evaluate.py --model runs/grpo      accuracy per split and family with 95 % intervals
     python evaluate.py study                  the whole comparison, as a list of commands
 
-Right: what stands in the last <answer> tags or \\boxed{} equals the gold answer; numbers by value,
-worked out, as exactly as the question or the gold's form asks; words and choices by text, boxes by
-IoU >= 0.5. Formatted: exactly <think>...</think> and such an answer. In the tabletop world also
-faithful: right, with every step of the reasoning true; else lucky.
+Right: what stands in the last <answer> tags or \\boxed{} equals the gold answer: numbers by value,
+words and choices by text, boxes by IoU. Formatted: exactly <think>...</think> and such an answer.
+In the tabletop world also faithful: right, with every step of the reasoning true; else lucky.
 """
 import argparse
 import ast
 import base64
-import dataclasses
 import difflib
 import html
 import io
 import json
 import math
-import operator
 import pathlib
 import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from itertools import product
 from statistics import correlation, fmean as mean
 
 import torch
@@ -34,31 +30,31 @@ from tqdm import tqdm
 
 import data
 from kernels import Sampler
-from model import CheckpointError, load, read_json, write_text
+from model import CheckpointError, load, read_json, write
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COLUMNS = ["accuracy", "faithful", "lucky", "format", "tokens"]          # of the tables
 
 
 def option(default, doc, choices=None, least=None):
     """A field of a Config: its default, its line in --help, what it may be."""
-    return dataclasses.field(default=default, metadata=dict(doc=doc, choices=choices, least=least))
+    return field(default=default, metadata=dict(doc=doc, choices=choices, least=least))
 
 
 def parse(Config, argv=None, doc=""):
     """Makes the command line of a dataclass, and the dataclass from a command line."""
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in dataclasses.fields(Config):
-        name, meta, kind = "--" + f.name.replace("_", "-"), f.metadata, dict(action="store_true")
-        if f.type is not bool:
-            kind = dict(type=f.type, default=f.default, choices=meta["choices"])
-        shown = "" if f.default in (None, "", False) else f" (default: {f.default})"
-        parser.add_argument(name, help=meta["doc"].replace("%", "%%") + shown, **kind)
+    for f in fields(Config):
+        kind = dict(action="store_true") if f.type is bool else dict(
+            type=f.type, default=f.default, choices=f.metadata["choices"])
+        shown = "" if f.default in (None, "", False) else " (default: %(default)s)"
+        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["doc"] + shown, **kind)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions)
         parser.error(f"unknown option {unknown[0]}; did you mean {(near or ['--help'])[0]}?")
-    for f in dataclasses.fields(Config):
+    for f in fields(Config):
         value, least = getattr(args, f.name), f.metadata["least"]
         if least is not None and value is not None and value < least:
             parser.error(f"--{f.name.replace('_', '-')} {value}: expected at least {least}")
@@ -67,9 +63,8 @@ def parse(Config, argv=None, doc=""):
 
 def run_script(main, Config, doc, argv=None):
     """Runs main(config); what the user can mend ends as one clear line, not as a traceback."""
-    config = parse(Config, argv, doc)
     try:
-        main(config)
+        main(parse(Config, argv, doc))
     except (data.DataError, CheckpointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -84,25 +79,24 @@ FORMATS = {"tags": re.compile(r"<think>(.+?)</think>\s*<answer>(.+?)</answer>", 
 MAX_ANSWER, LARGEST = 400, 10 ** 12  # a longer answer is none, a larger number is only text
 SIGNS = str.maketrans(dict(zip("²³√π−–≈×·⋅÷∘º", "^2 ^3 sqrt pi - - = * * * / ° °".split())))
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
-    (r"(?<=\d)(?:,|\\,|\{,\}|,\\!)(?=\d{3}(?!\d))", ""), (r"(?<![\d.])0+(?=\d)", ""),
-    (r"\\(?:text|math)[a-z]* ?\{([^{}]*)\}", r"\1"),
+    (r"(?<=\d)(?:\\,|\{,\}|,\\!)(?=\d{3})", ","), (r"\\(?:text|math)[a-z]* ?\{([^{}]*)\}", r"\1"),
     (r"\\(?:left|right|[!,;:()\[\] ])| ?\\?\$ ?|~", " "), (r"\\times|\\cdot", "*"), (r"\\div", "/"),
     (r"^ ?(?:[\\{}∠A-Za-z][\\{}∠A-Za-z ]{,22}\d?)? ?(?:=|\\approx) ?", ""),          # x =, m∠1 =
     (r"\^ ?\{? ?\\circ ?\}?|\\degree", "°"), (r"\\[dt]?(?=frac|sqrt|pi|arc|sin|cos|tan|%)", ""),
-    (r"arc(?=sin|cos|tan)", "a"), (r"frac ?(\d) ?", r"frac{\1}/"), (r"\} ?(?=[\d{])", "}/"),
-    (r"\{", "("), (r"\}", ")"), (r"\^ ?\((\d)\)", r"^\1"), (r"\^", "**"),
+    (r"arc(?=sin|cos|tan)", "a"), (r"frac ?(\d) ?", r"frac{\1}/"), (r"\} ?(?=\{)", "}/"),
+    (r"\{", "("), (r"\}", ")"), (r"\^ ?\((\d)\)", r"^\1"), (r"sqrt ?\[3\]", "cbrt"),
     (r"sqrt ?([\d.]+|pi)", r"sqrt(\1)"), (r"((?:sin|cos|tan) ?\(? ?)([\d.]+) ?°", r"\1(\2*pi/180)"),
     (r"(?<![\d.,/])(?<!/ )(\d+)(?: ?frac\((\d+)\)/\(?(\d+)\)?| (\d+)/(\d+))", r"(\1+\2\4/\3\5)"),
-    ("frac", ""), (r"sqrt ?\[3\]", "cbrt"),
-    (r"(?<=[\di)] )(?:square|sq\.?) ([a-z]+)", r"\1**2"))]
-FORMULA = re.compile(r"((?:[\d.+*/() -]|(?<=\d)e[-+]?\d|a?(?:sin|cos|tan)|sqrt|cbrt|pi)*)(.*)")
+    (r"(?<![/^nst])(?<![/^nst] )frac", ""), (r"(?<=[\di)] )(?:square|sq\.?) ([a-z]+)", r"\1^2"))]
+NEEDLESS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))|(?<![\d.,])0+(?=\d)")        # in 1,234 and in 05
+FORMULA = re.compile(r"((?:[\d.+*/^() -]|(?<=\d)e[-+]?\d|a?(?:sin|cos|tan)|sqrt|cbrt|pi)*)(.*)")
 TIMES = re.compile(r"(?<=[\d.)i]) ?(?=\(|[acpst])")               # in 2√3, which has no sign
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-             ast.Div: operator.truediv, ast.Pow: math.pow}
+OPERATORS = {ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Pow: math.pow,
+             ast.Mult: lambda a, b: a * b, ast.Div: lambda a, b: a / b}
 UNITS = {word + plural + power: words.split()[0] + power for words in (       # spelling -> unit
     "mm millimeter millimetre,cm centimeter centimetre,m meter metre,km kilometer kilometre,"
     "in inch inche,ft foot feet,yd yard,mi mile,° degree deg,% percent,unit").split(",")
-    for word in words.split() for plural in ("", "s") for power in ("", "**2", "**3")} | {"": ""}
+    for word in words.split() for plural in ("", "s") for power in ("", "^2", "^3")} | {"": ""}
 ROUNDED = re.compile(r"nearest (?:(tenth)|(hundredth)|(thousandth)|whole|integer|degree|unit|"
                      r"\w*meter|inch|foot|yard|mile)", re.I)      # group: how many decimals
 
@@ -124,8 +118,7 @@ def clean(text):
 
 
 def value(node):
-    """Of a formula as Python parses it: a Fraction where it is exact, else a float; nan where exact
-    parts are not worked out: 2 + 3 is not 5, nor is a repeated question."""
+    """Of a parsed formula: a Fraction where it is exact; nan where 2 + 3 is not worked out."""
     if isinstance(node, ast.Constant):
         return Fraction(str(node.value))
     if isinstance(node, ast.Name):
@@ -141,9 +134,9 @@ def value(node):
 
 def number(text):
     """-> (value, unit) of a clean text that is one number and no more, else None."""
-    formula, unit = FORMULA.fullmatch(text).groups()
+    formula, unit = FORMULA.fullmatch(NEEDLESS.sub("", text)).groups()
     try:
-        found = value(ast.parse(TIMES.sub("*", formula), mode="eval").body)
+        found = value(ast.parse(TIMES.sub("*", formula).replace("^", "**"), mode="eval").body)
         found = Fraction(found) if found == int(found) else found
     except Exception:                                 # it does not parse, or has no value
         return None
@@ -162,10 +155,9 @@ def same_number(answer, gold, question=""):
         *values, wanted = [math.floor(each * 10 ** (asked.lastindex or 0) + 0.5)
                            for each in (*values, wanted)]
         return wanted in values
-    slack, decimals = abs(wanted) * 1e-13, re.search(r"\.(\d+)", gold)
-    if isinstance(wanted, float) or pow(10, 99, wanted.denominator):
-        slack = abs(wanted) / 1000
-    elif decimals:
+    endless = isinstance(wanted, float) or pow(10, 99, wanted.denominator)        # as a decimal
+    slack = abs(wanted) / (1000 if endless else 10 ** 13)
+    if not endless and (decimals := re.search(r"\.(\d+)", gold)):
         slack = min(Fraction(1, 2 * 10 ** len(decimals[1])), abs(wanted) / 99)    # 1/3 is 0.33
     return any(abs(each - wanted) <= slack for each in values)
 
@@ -195,12 +187,10 @@ def is_right(answer, gold, choices=None, question=""):
     """Whether an answer equals the gold answer, by the kind of the gold answer."""
     if len(answer) > MAX_ANSWER:
         return False
-    if same_box(data.strip_answer(answer), gold):
-        return True
     answer, gold, *choices = map(clean, (answer, gold, *(choices or ())))
     if choices:
         return chosen(answer, choices) == chosen(gold, choices) is not None
-    return answer == gold != "" or same_number(answer, gold, question)
+    return answer == gold != "" or same_box(answer, gold) or same_number(answer, gold, question)
 
 
 def grade(response, example, answer_format="tags"):
@@ -225,8 +215,7 @@ def wilson(right, n, z=1.96):
 
 
 def paired_bootstrap(first, second, draws=2000, seed=0):
-    """Mean difference of two models on the same questions, with its 95 % interval. first, second:
-    for each question, whether the answer is right, or whether each of its answers is."""
+    """Mean difference of two models' marks on the same questions, with its 95 % interval."""
     gaps = (torch.tensor(first).float() - torch.tensor(second).float()).view(len(first), -1).mean(1)
     pick = torch.Generator().manual_seed(seed)
     means = gaps[torch.randint(len(gaps), (draws, len(gaps)), generator=pick)].mean(1)
@@ -289,25 +278,22 @@ def summaries(rows):
 
 def evaluate(sampler, processor, examples, split="", samples=1, temperature=0.0, new_tokens=48,
              seed=0):
-    """Answers and grades every example -> rows, one for each answer, in the order of examples."""
+    """Answers and grades every example -> rows, one for each answer, in order."""
     c = sampler.model.config.text        # as many rows at once as 1,000 tokens each in 1 GiB hold
     fit = 2 ** 20 // (4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim)
     rows, size = [], max(1, min(256, fit) // samples)
     for start in tqdm(range(0, len(examples), size), split, leave=False, disable=None):
-        some = examples[start:start + size]
-        batch = processor.batch(some)
-        seeds = torch.arange(start, start + len(some)) + seed * 1_000_003
+        batch = processor.batch(examples[start:start + size])
+        seeds = torch.arange(start, start + len(batch.ids)) + seed * 1_000_003
         rollouts = sampler.generate(batch, samples, new_tokens, temperature, seeds)
         for r, ids in enumerate(rollouts.rows()):
-            example, response = some[r // samples], processor.decode(ids)
-            prompt = batch.ids[r // samples, :batch.lengths[r // samples]]
-            verdict = grade(response, example, processor.style["answer_format"])
+            example, response = examples[start + r // samples], processor.decode(ids)
             rows.append(dict(
                 id=example.id, split=split, family=example.family, prompt=example.question,
-                prompt_ids=prompt.tolist(), response_ids=ids,
-                logprobs=rollouts.logprobs[r, :len(ids)].tolist(), response=response,
-                answer=example.answer, correct=verdict.correct, formatted=verdict.formatted,
-                faithful=verdict.faithful, truncated=not rollouts.finished[r].item()))
+                prompt_ids=batch.ids[r // samples, :batch.lengths[r // samples]].tolist(),
+                response_ids=ids, logprobs=rollouts.logprobs[r, :len(ids)].tolist(),
+                response=response, truncated=not rollouts.finished[r].item(), answer=example.answer,
+                **vars(grade(response, example, processor.style["answer_format"]))))
     return rows
 
 
@@ -318,7 +304,7 @@ class AskConfig:
     system: str = option(None, "system line of the prompt")
     instruction: str = option(None, "text after each question, e.g. to think first")
     answer_format: str = option(None, "tags: <answer>3</answer>; boxed: \\boxed{3}", tuple(FORMATS))
-    longest_edge: int = option(None, "of a picture (default: one tile; Qwen: an area of 512²)", least=1)
+    longest_edge: int = option(None, "of a picture (default: a tile; Qwen: 512² as area)", least=1)
     max_new_tokens: int = option(48, "longest answer", least=1)
     seed: int = option(0, "seed of everything random", least=0)
     device: str = option(DEVICE, "cpu or cuda", ("cpu", "cuda"))
@@ -330,7 +316,7 @@ class AskConfig:
 
 @dataclass
 class Config(AskConfig):
-    """Options of evaluate.py (without «study»)."""
+    """Options of evaluate.py; study has its own."""
     model: str = option("runs/grpo", "directory: a run's, or a downloaded checkpoint's")
     against: str = option(None, "a second model on the same questions: paired bootstrap")
     split: str = option("test,ood,text", "splits of the world: train, val, test, ood, text")
@@ -355,9 +341,6 @@ def answer_all(directory, c):
     return rows
 
 
-COLUMNS = ["accuracy", "faithful", "lucky", "format", "tokens"]
-
-
 def columns(figures):
     """The figures of a split or a family as cells under COLUMNS, shares in percent."""
     value, low, high = (100 * share for share in (figures["accuracy"], *figures["interval"]))
@@ -376,7 +359,7 @@ def main(c):
     rows, table = answer_all(c.model, c), [["split", "family", *COLUMNS, "pass"]]
     if c.out:
         pathlib.Path(c.out).parent.mkdir(parents=True, exist_ok=True)
-        write_text(c.out, "".join(json.dumps(row) + "\n" for row in rows))
+        write(c.out, "".join(json.dumps(row) + "\n" for row in rows))
     for split, whole in summaries(rows).items():
         for family, figures in [("", whole), *whole["families"].items()]:
             passes = " ".join(f"pass@{k} {v:.1%}" for k, v in figures.get("pass_at", {}).items())
@@ -393,32 +376,31 @@ def main(c):
 
 @dataclass
 class StudyConfig:
-    """Options of evaluate.py study."""
     preset: str = option("quick", "smoke: does it run; quick: the comparison", ("smoke", "quick"))
     out: str = option("runs/study", "directory of the study")
     seeds: int = option(1, "runs per cell, each from the same base", least=1)
     device: str = option(DEVICE, "cpu or cuda", ("cpu", "cuda"))
 
 
-METHODS = {"base": "base", "sft": "SFT", "grpo": "GRPO", "sft-grpo": "SFT → GRPO"}
-PRESETS = {
-    "quick": dict(weak=600, limit=600, base="--keep 600", sft="--examples 2000",
-                  grpo="--examples 2000 --steps 100 --eval-every 10"),
-    "smoke": dict(weak=6, limit=24, base="--steps 12 --keep 6 --batch 32 --eval-examples 12",
-                  sft="--examples 128 --epochs 1 --eval-examples 12", grpo="--examples 64 "
-                  "--prompts 4 --steps 3 --eval-every 1 --eval-examples 12 --max-new-tokens 32")}
+PRESETS = {"quick": dict(weak=600, limit=600, base="--keep 600", sft="--examples 2000",
+                         grpo="--examples 2000 --steps 100 --eval-every 10"),
+           "smoke": dict(weak=6, limit=24, base="--steps 12 --keep 6 --batch 32 --eval-examples 12",
+                         sft="--examples 128 --epochs 1 --eval-examples 12",
+                         grpo="--examples 64 --prompts 4 --steps 3 --eval-every 1 "
+                              "--eval-examples 12 --max-new-tokens 32")}
+CURVES = {"held_out": "#0b6e4f", "reward": "#c1440e", "accuracy": "#7a7a7a", "format": "#3b6fb6"}
 
 
 def study_cells(c):
     """The study as a list of commands to paste: `command` makes a model, `evaluation` tests it."""
     preset, out, cells = PRESETS[c.preset], pathlib.Path(c.out), []
     bases = dict(strong=f"{out}/base", weak=f"{out}/base/step-{preset['weak']}")
-    trained = product(range(c.seeds), ("weak", "strong"), list(METHODS)[1:])
+    trained = [(seed, strength, method) for seed in range(c.seeds)
+               for strength in ("weak", "strong") for method in ("sft", "grpo", "sft-grpo")]
     for seed, strength, method in [(0, "strong", "base"), (0, "weak", "base"), *trained]:
-        name, model = f"{strength}-{method}-{seed}", f"{out}/{strength}-{method}-{seed}"
+        name, script = f"{strength}-{method}-{seed}", method.split("-")[-1]
         init = f"{out}/{strength}-sft-{seed}" if method == "sft-grpo" else bases[strength]
-        script = method.split("-")[-1]
-        start = f"{script}.py --init {init} --seed {seed}"
+        model, start = f"{out}/{name}", f"{script}.py --init {init} --seed {seed}"
         if method == "base":
             name, model, start = f"{strength}-base", bases[strength], "sft.py --stage base"
         command = f"python {start} {preset[script]} --out {model} --device {c.device} --resume"
@@ -426,7 +408,7 @@ def study_cells(c):
         evaluation = (f"python evaluate.py --model {model} --limit {preset['limit']} "
                       f"--device {c.device} --out {answers}")
         cells.append(dict(name=name, strength=strength, method=method, seed=seed, model=model,
-                          command=command if name != "weak-base" else "", evaluation=evaluation,
+                          command=command * (name != "weak-base"), evaluation=evaluation,
                           answers=answers))
     return cells
 
@@ -444,9 +426,6 @@ def run_command(command):
 
 def read_rows(path):
     return [json.loads(line) for line in open(path, encoding="utf-8")]
-
-
-CURVES = {"held_out": "#0b6e4f", "reward": "#c1440e", "accuracy": "#7a7a7a", "format": "#3b6fb6"}
 
 
 def reward_curve(model):
@@ -476,23 +455,20 @@ def study(c):
             splits = summaries(read_rows(cell["answers"]))
             done[cell["name"]] = cell | dict(seconds=seconds, splits=splits, curve=curve)
             results["cells"] = list(done.values())
-            write_text(path, json.dumps(results, indent=1))
+            write(path, json.dumps(results, indent=1))
     for name, text in zip(("report.md", "report.html"), report(**results)):
-        write_text(path.with_name(name), text)
+        write(path.with_name(name), text)
     print(f"\n{markdown_table(main_table(results['cells']))}\n\nmore in {c.out}/report.html")
 
 
 # ---------------------------------------------------------------------------------- the report
 
-HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>SFT against GRPO</title>
-<style>body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto}pre{overflow:auto}
-table{border-collapse:collapse;margin:1em 0}td{padding:.2em .7em;border-bottom:1px solid #ddd}
-tr:first-child{font-weight:bold}img{height:160px;image-rendering:pixelated}.lucky{color:#b36b00}
-.True,.faithful{color:#0b6e4f}.False,.wrong{color:#b3261e}</style><h1>SFT against GRPO</h1>"""
-NOTES = """Accuracy in percent with 95 % Wilson intervals; what follows is of the test. Faithful: right,
-and every step of the reasoning true; lucky: right, with a false step. ρ: Spearman correlation of
-training reward and held-out accuracy after a run's first third; below 0, the reward deceives.
-Regret: best minus last held-out accuracy. One seed is not evidence."""
+HEAD = """<!doctype html><meta charset="utf-8"><title>SFT and GRPO</title><style>body{margin:2em;
+font:15px/1.5 sans-serif}td{padding:.2em .7em}tr:first-child{font-weight:bold}img{height:160px}
+.True,.faithful{color:#0b6e4f}.lucky{color:#b36b00}.False,.wrong{color:#b3261e}</style>"""
+NOTES = """Accuracy in percent with 95 % Wilson intervals; what follows is of the test. Faithful:
+right, every step true; lucky: right, one false. Spearman: of reward and held-out accuracy after a
+run's first third; below 0, the reward deceives. Regret: best minus last. One seed proves little."""
 
 
 def html_table(rows):
@@ -500,34 +476,29 @@ def html_table(rows):
 
 
 def main_table(cells):
-    """As lists of text, its header first; ρ and regret are those of reward_curve."""
-    rows = [["base", "method", *cells[0]["splits"], *COLUMNS[1:], "seconds", "ρ", "regret"]]
+    rows = [["model", *cells[0]["splits"], *COLUMNS[1:], "seconds", "spearman", "regret"]]
     for cell in sorted(cells, key=lambda cell: cell["strength"], reverse=True):
-        method = METHODS[cell["method"]] + f" #{cell['seed']}" * (cell["seed"] > 0)
         accuracy, *more = zip(*map(columns, cell["splits"].values()))         # of each split
-        rho, regret = map((cell["curve"] or {}).get, ("spearman", "regret"))
-        rows.append([cell["strength"], method, *accuracy, *(part[0] for part in more),
-                     str(cell["seconds"]), "" if rho is None else f"{rho:+.2f}",
-                     "" if regret is None else f"{regret:.3f}"])
+        figures = map((cell | (cell["curve"] or {})).get, rows[0][-3:])
+        last = ["" if figure is None else f"{figure:.2f}" for figure in figures]
+        rows.append([cell["name"], *accuracy, *(part[0] for part in more), *last])
     return rows
 
 
 def chart(title, points):
     """A self-contained SVG: CURVES over the steps of a run, between 0 and 1.1."""
-    last, scale, drawn = points[-1]["step"], 360 / points[-1]["step"], ""
+    last, drawn = points[-1]["step"], ""
     for i, (name, colour) in enumerate(CURVES.items()):
-        line = " ".join(f"{45 + scale * p['step']:.1f},{186 - 145 * p[name]:.1f}" for p in points)
+        line = " ".join(f"{360 * p['step'] / last:.0f},{145 - 145 * p[name]:.1f}" for p in points)
         drawn += (f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
-                  f'<text x="{45 + 95 * i}" y="216" fill="{colour}">{name}</text>')
-    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 420 232" width="420" style="font:'
-            '12px sans-serif"><path d="M0 0h420v232H0" fill="#fff"/><path d="M45 41h360M45 113h360'
-            'M45 186h360" stroke="#ddd"/><text x="28" y="45">1</text><text x="28" y="190">0</text>'
-            f'<text x="45" y="18" font-weight="bold">{title}, {last} steps</text>{drawn}</svg>')
+                  f'<text x="{95 * i}" y="175" fill="{colour}">{name}</text>')
+    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="-30 -41 420 232" width="420"><path d'
+            '="M0 0h360M0 72h360M0 145h360" stroke="#ddd"/><text x="-17" y="5">1</text><text x='
+            f'"-17" y="150">0</text><text y="-20">{title}, {last} steps</text>{drawn}</svg>')
 
 
 def rollouts(cells, rows):
-    """One question put to every model: picture, question, and each answer with its steps marked
-    and its reward; everything that a model wrote is escaped."""
+    """One question put to every model, with each step marked; what a model wrote is escaped."""
     example, file = data.world_example_of(rows[0]["id"]), io.BytesIO()
     example.images[0].save(file, "PNG")
     picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -543,13 +514,13 @@ def rollouts(cells, rows):
 
 def report(preset, machine, cells):
     """-> the report in Markdown, and in HTML with curves and rollouts."""
-    table, about = main_table(cells), f"Preset {preset}, on {machine}."
+    table, title = main_table(cells), f"SFT and GRPO, preset {preset}, on {machine}"
     commands = "\n".join(cell[key] for cell in cells for key in ("command", "evaluation"))
     charts = [chart(cell["name"], cell["curve"]["points"]) for cell in cells if cell["curve"]]
     answers = list(zip(*(read_rows(cell["answers"]) for cell in cells)))
     asked = [rollouts(cells, rows) for rows in answers[:12]]
-    return (f"# SFT against GRPO\n\n{about}\n\n{markdown_table(table)}\n\n{NOTES}\n\n```\n{commands}"
-            "\n```\n", f"{HEAD}<p>{about}</p>{html_table(table)}<p>{NOTES}</p>{''.join(charts)}"
+    return (f"# {title}\n\n{markdown_table(table)}\n\n{NOTES}\n\n```\n{commands}\n```\n",
+            f"{HEAD}<h1>{title}</h1>{html_table(table)}<p>{NOTES}</p>{''.join(charts)}"
             f"<h2>Rollouts (green: a true step, red: a false one)</h2>{''.join(asked)}"
             f"<h2>Commands</h2><pre>{html.escape(commands)}</pre>")
 

@@ -23,7 +23,7 @@ import torch
 import data
 from evaluate import grade, mean, option, run_script
 from model import without_lora
-from sft import Run, RunConfig, default_lr, pick, pieces, starting_model
+from sft import Run, RunConfig, pick, pieces, starting_model
 
 GRPO = dict(advantage="group", ratio="token", clip="ppo", clip_low=0.2, clip_high=0.2,
             dual_clip=0.0, aggregation="sequence", kl="k3", beta=0.01, filter="keep",
@@ -101,17 +101,12 @@ def equal_groups(rewards):
     return (rewards == rewards[:, :1]).all(1)
 
 
-def log_ratio(logprob, old, mask, level):
-    """log w: a token's own, or (GSPO) the mean over its answer. (R, N)"""
-    gap = (logprob - old) * mask
-    if level == "sequence":
-        gap = gap.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1) * mask
-    return gap
-
-
 def surrogate(logprob, old, advantage, mask, c):
     """Loss of each token before aggregation. (R, N); advantage (R, 1)."""
-    w = log_ratio(logprob, old, mask, c.ratio).exp()
+    log_w = (logprob - old) * mask
+    if c.ratio == "sequence":        # GSPO: the mean over the answer, for each of its tokens
+        log_w = log_w.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1) * mask
+    w = log_w.exp()
     if c.clip == "cispo":
         return -w.detach().clamp(max=c.clip_high) * advantage * logprob
     clipped = w.clamp(1 - c.clip_low, 1 + c.clip_high)
@@ -222,8 +217,7 @@ def main(c):
         if getattr(c, name) is None:
             setattr(c, name, value)
     c.out = c.out or "runs/grpo"
-    model, processor = starting_model(c)
-    c.lr = c.lr or default_lr(c, model, 5e-4, 1e-6)
+    model, processor = starting_model(c, small=5e-4, published=1e-6)
     reference = None if c.lora_rank else copy.deepcopy(model).requires_grad_(False)
     examples = data.load_dataset(c.data, "train", skip_bad_rows=c.skip_bad_rows)
     count = min(c.examples, len(examples)) if c.data == "world" else len(examples)

@@ -54,7 +54,6 @@ def mix(x):
 
 
 # ------------------------------------------------------------------------------------- kernels
-
 if triton:
     mix_kernel = triton.jit(mix)
 
@@ -243,7 +242,6 @@ class TokenLogprobs(torch.autograd.Function):
     """log softmax(scale * h Wᵀ)[target] without ever holding (N, V): chunks, made again backward,
     from what autocast made of h and W for the forward pass. The head's gradient is summed over
     the chunks in fp32, whatever the type of its weight."""
-
     @staticmethod
     def forward(ctx, hidden, weight, targets, banned, scale):
         if torch.is_autocast_enabled(hidden.device.type):
@@ -283,7 +281,6 @@ def token_logprobs(hidden, weight, targets, banned=None, temperature=1.0):
 
 
 # ------------------------------------------------------------------------------------- sampler
-
 @dataclass
 class Rollouts:
     """R = prompts * group answers; row r belongs to prompt r // group."""
@@ -306,7 +303,6 @@ class Sampler:
     sampled. On CUDA `step` is captured once for a shape and replayed. With `dtype` it samples from
     a copy of the weights, which `refresh` updates in place. A row's randomness depends on (seed of
     its prompt, place in its group, token index) alone, not on other rows, batch size or device."""
-
     def __init__(self, model, banned, stop, dtype=None, capture=True):
         self.source = self.model = model
         if dtype not in (None, next(model.parameters()).dtype):
@@ -368,24 +364,20 @@ class Sampler:
         self.counters += ~self.done
         self.done |= (token == self.stop) | (count == self.ids.shape[1] - 1)
 
-    def advance(self, window):
-        """`step`; on CUDA, once it has run and so compiled its kernels, from a graph. Capturing it
-        computes nothing and changes no buffer."""
-        if self.graph:
-            return self.graph.replay()
-        self.step(window)
-        if self.capture:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.step(self.room)
-
     @torch.no_grad()
     def generate(self, prompts, group=1, new_tokens=48, temperature=1.0, seeds=None):
         """Batch of B prompts -> Rollouts of B * group rows. temperature 0 is greedy.
         seeds (B,): one per prompt; the same seed gives the same rollouts in any company."""
         self.start(prompts.to(self.device), group, new_tokens, temperature, seeds)
         for count in range(1, new_tokens + 1):
-            self.advance(prompts.ids.shape[1] + count)
+            if self.graph:
+                self.graph.replay()
+            else:
+                self.step(prompts.ids.shape[1] + count)
+            if self.capture and not self.graph:      # the first step has compiled the kernels;
+                self.graph = torch.cuda.CUDAGraph()  # capturing computes nothing
+                with torch.cuda.graph(self.graph):
+                    self.step(self.room)
             if (count % 16 == 0 or not self.capture) and self.done.all():     # waits for a GPU
                 break
         return Rollouts(self.ids[:, :-1].clone(), self.counters[2].clone(),
@@ -393,7 +385,6 @@ class Sampler:
 
 
 # ----------------------------------------------------------------------------------- measuring
-
 def seconds(run):
     """Median wall time of run() when it is warm, repeated until the times agree within a tenth."""
     timer = Timer("run()", globals=dict(run=run), num_threads=torch.get_num_threads())
@@ -408,8 +399,8 @@ def naive_generate(model, banned, batch, group, new_tokens):
     rows = torch.arange(len(wide.ids), device=wide.ids.device)
     for _ in range(new_tokens):
         logits = model.lm_head(model(wide)[0][rows, wide.lengths - 1])
-        logits = logits.masked_fill(banned, NEGATIVE)
-        wide.ids[rows, wide.lengths] = logits.softmax(-1).multinomial(1)[:, 0]
+        chances = logits.masked_fill(banned, NEGATIVE).softmax(-1)
+        wide.ids[rows, wide.lengths] = chances.multinomial(1)[:, 0]
         wide.lengths += 1
 
 
@@ -423,26 +414,21 @@ def transformers_generate(directory, batch, group, new_tokens, dtype):
         num_return_sequences=group, min_new_tokens=new_tokens, max_new_tokens=new_tokens)
 
 
-def read_once(sampler, rows):
-    """The floor: tokens a second if each only read weights and cache, as fast as a copy does."""
-    x = torch.empty(1 << 28, dtype=torch.uint8, device=sampler.device)
-    needed = sum(read.nbytes for read in [*sampler.model.parameters(), sampler.cache])
-    return rows * 2 * x.nbytes / seconds(x.clone) / needed
-
-
 def measure(size, prompts, group=8, new_tokens=48):
-    """-> rows (name, value, unit, floor, ratio): the sampler's speed to its floor and to that of
-    other ways. All prompts are one, so that no way has to pad, and no row ends early (stop -1)."""
+    """-> rows (name, value, unit, floor, ratio): the sampler's speed to its floor (a GPU that only
+    reads weights and cache, as fast as a copy does) and to that of other ways. All prompts are one,
+    so that no way has to pad, and no row ends early (stop -1)."""
     import data
     from model import fresh, save
-    cuda, rows = torch.cuda.is_available(), []
+    cuda, rows, floor = torch.cuda.is_available(), [], None
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     model, processor = fresh(size, [data.base_example(i) for i in range(1000)], 0)
     batch = processor.batch([data.world_example("test", 0)] * prompts).to(device)
     banned, ask = processor.banned(model.vocabulary).to(device), (batch, group, new_tokens)
     sampler, plain = (Sampler(model.to(device), banned, -1, dtype, way) for way in (True, False))
-    ways = {"sampler": lambda: sampler.generate(*ask),
-            "the same step, not captured": lambda: plain.generate(*ask)}
+    ways = {"sampler": lambda: sampler.generate(*ask)}
+    if cuda:
+        ways["the same step, not captured"] = lambda: plain.generate(*ask)
     if importlib.util.find_spec("transformers"):
         with tempfile.TemporaryDirectory() as directory:
             save(model, processor, directory)
@@ -451,10 +437,14 @@ def measure(size, prompts, group=8, new_tokens=48):
         ways["a full pass per token"] = lambda: naive_generate(sampler.model, banned, *ask)
     for way, run in ways.items():
         speed = prompts * group * new_tokens / seconds(run)
-        floor = read_once(sampler, prompts * group) if cuda and not rows else None
+        if cuda and not rows:
+            x = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+            read = sum(part.nbytes for part in [*sampler.model.parameters(), sampler.cache])
+            floor = prompts * group * 2 * x.nbytes / seconds(x.clone) / read
         ratio = rows[0]["value"] / speed if rows else floor and speed / floor
         name = f"{way}, {prompts} x {group} x {new_tokens}, size {size}"
         rows.append(dict(name=name, value=speed, unit="tokens/s", floor=floor, ratio=ratio))
+        floor = None
         print(f"{name:56} {speed:12,.0f} tokens/s{f' {ratio:8.2f}' if ratio else ''}", flush=True)
     return rows
 

@@ -28,7 +28,10 @@ from torch.utils.checkpoint import checkpoint
 import data
 from kernels import rms_norm, rotary, token_logprobs
 
-LAST_OF_A_LAYER = ("o_proj", "down_proj", "out_proj", "fc2")
+# Spread of fresh weights, torch's own elsewhere: layers start as the identity and tokens as large
+# as pieces of picture, so that what attends can still tell which token it is attending from.
+SPREAD = dict(embed_tokens=0.6, lm_head=0.02, position_embedding=0.02, o_proj=0.0, down_proj=0.0,
+              out_proj=0.0, fc2=0.0)
 SIZES = {           # name: (ViT layers, ViT width, decoder layers, decoder width)
     "s": (2, 64, 3, 64), "m": (3, 128, 4, 128), "l": (4, 256, 6, 256)}
 
@@ -82,7 +85,6 @@ def read_config(raw):
 
 
 # ------------------------------------------------------------------------------------- vision
-
 def attention(q, k, v, mask=None, causal=False):
     """q (B, T, H, E); k, v (B, S, K, E); mask (B, 1, T or 1, S) -> (B, T, H, E)"""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -92,7 +94,6 @@ def attention(q, k, v, mask=None, causal=False):
 
 class MLP(nn.Module):
     """fc1, an activation, fc2."""
-
     def __init__(self, D, wide, activation):
         super().__init__()
         self.fc1, self.fc2, self.activation = nn.Linear(D, wide), nn.Linear(wide, D), activation
@@ -130,7 +131,6 @@ class VisionLayer(nn.Module):
 
 class Vision(nn.Module):
     """SigLIP: patches and a position table in, one vector a patch out."""
-
     def __init__(self, c):
         super().__init__()
         D, self.patches = c.hidden_size, (c.image_size // c.patch_size) ** 2
@@ -150,17 +150,9 @@ class Vision(nn.Module):
         return self.post_layernorm(x)
 
 
-def pixel_shuffle(x, scale):
-    """Folds scale x scale neighbours into one. (B, P, D) -> (B, P / scale², D · scale²)."""
-    side, width = int(x.shape[1] ** 0.5), x.shape[2]
-    x = x.view(len(x), side // scale, scale, side // scale, scale, width)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(len(x), -1, width * scale * scale)
-
-
 class Rope(nn.Module):
     """Rotary angles. Frequency i turns with the position along axis[i]: one axis in text, three in
     Qwen's text (M-RoPE), two in its pictures."""
-
     def __init__(self, theta, width, axis, repeat=1):
         super().__init__()
         turns = torch.arange(0, width, 2, device="cpu") / width
@@ -186,7 +178,6 @@ class Ragged:
 
     Linear layers see the M tokens alone; only attention sees the grid.
     """
-
     def __init__(self, mask):
         self.mask, self.places = mask, mask.flatten().nonzero()[:, 0]
 
@@ -234,7 +225,6 @@ def window_order(grids, side):
 
 class QwenVision(nn.Module):
     """Qwen2-VL's ViT; in Qwen2.5-VL's most layers see windows of 112x112 pixels alone."""
-
     def __init__(self, c, out):
         super().__init__()
         D, norm = (c.hidden_size, nn.RMSNorm) if c.window_size else (c.embed_dim, nn.LayerNorm)
@@ -261,7 +251,6 @@ class QwenVision(nn.Module):
 
 
 # ------------------------------------------------------------------------------------- decoder
-
 class RMSNorm(nn.RMSNorm):
     def forward(self, x, delta=None):
         """-> (x + delta, its norm)."""
@@ -310,7 +299,6 @@ class Decoder(nn.Module):
 
 class VLM(nn.Module):
     """A vision-language model. `raw` is its config.json."""
-
     def __init__(self, raw):
         super().__init__()
         self.raw, self.config = raw, read_config(raw)
@@ -330,31 +318,18 @@ class VLM(nn.Module):
     def text(self):
         return self.model.language_model if self.config.qwen else self.model.text_model
 
-    @property
-    def vision(self):
-        return self.model.visual.blocks if self.config.qwen else self.model.vision_model
-
     def tie(self):
         if self.config.tied:
             self.lm_head.weight = self.text.embed_tokens.weight
-
-    @torch.no_grad()
-    def initialise(self):
-        """Layers start as the identity and tokens as large as pieces of picture, so that the
-        residual stream still knows its token when attention by content is to be learnt."""
-        nn.init.normal_(self.text.embed_tokens.weight, std=0.6)
-        for table in (self.lm_head, self.model.vision_model.embeddings.position_embedding):
-            nn.init.normal_(table.weight, std=0.02)
-        for name, weight in self.named_parameters():
-            if name.endswith(".weight") and name.split(".")[-2] in LAST_OF_A_LAYER:
-                weight.zero_()
 
     def features(self, pixels, grids):
         """The image tokens of all pictures in reading order. -> (tokens, D)"""
         if self.config.qwen:
             return self.model.visual(pixels, grids)
-        folded = pixel_shuffle(self.model.vision_model(pixels), self.config.scale)
-        return self.model.connector.modality_projection.proj(folded).flatten(0, 1)
+        x, r = self.model.vision_model(pixels), self.config.scale              # (N, P, D)
+        side = int(x.shape[1] ** 0.5) // r                   # pixel shuffle: r x r patches in one
+        x = x.unflatten(1, (side, r, side, r)).transpose(2, 3).reshape(len(x) * side ** 2, -1)
+        return self.model.connector.modality_projection.proj(x)
 
     def embed(self, ids, batch):
         """Tokens, with each image token replaced by its piece of picture. (M,) -> (M, D)"""
@@ -425,7 +400,6 @@ class VLM(nn.Module):
 
 
 # ------------------------------------------------------------------- to fit a consumer's GPU
-
 def recompute_activations(model):
     """Each layer keeps its inputs alone and runs once more backward (Chen et al. 2016)."""
     def thrifty(forward, *inputs):
@@ -481,24 +455,20 @@ def without_lora(model):
 
 
 # ------------------------------------------------------------------------------- load and save
-
 def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def atomically(write, path):
-    """A reader sees the old file or the new one, whenever the writer is killed."""
-    write(f"{path}.new")
-    os.replace(f"{path}.new", path)
-
-
-def write_text(path, text):
-    atomically(lambda new: pathlib.Path(new).write_text(text, encoding="utf-8"), path)
-
-
-def write_tensors(path, tensors, metadata=None):
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    atomically(lambda new: save_file(tensors, new, metadata or {"format": "pt"}), path)
+def write(path, content, metadata=None):
+    """A text, or {name: tensor}. A reader sees the old file or the new one, whenever the writer is
+    killed."""
+    new = pathlib.Path(f"{path}.new")
+    if isinstance(content, str):
+        new.write_text(content, encoding="utf-8")
+    else:
+        tensors = {name: tensor.detach().contiguous() for name, tensor in content.items()}
+        save_file(tensors, new, metadata or {"format": "pt"})
+    os.replace(new, path)
 
 
 # What other programs read beside weights and tokenizer; kept as it came, sizes and ends apart.
@@ -550,14 +520,14 @@ def save(model, processor, directory):
               "prompt.json": json.dumps(processor.style, indent=1),
               "tokenizer.json": processor.tokenizer.to_str(pretty=True)}
     for name, text in files.items():
-        write_text(directory / name, text)
+        write(directory / name, text)
     dtype = getattr(torch, model.raw.get("dtype") or model.raw.get("torch_dtype") or "float32")
-    write_tensors(directory / "model.safetensors",
-                  {name: tensor.to(dtype) for name, tensor in hub_state(model).items()})
+    write(directory / "model.safetensors",
+          {name: tensor.to(dtype) for name, tensor in hub_state(model).items()})
     if model.adapter:
         (directory / "adapter").mkdir(exist_ok=True)
-        write_text(directory / "adapter" / "adapter_config.json", json.dumps(model.adapter))
-        write_tensors(directory / "adapter" / "adapter_model.safetensors", {
+        write(directory / "adapter" / "adapter_config.json", json.dumps(model.adapter))
+        write(directory / "adapter" / "adapter_model.safetensors", {
             f"base_model.model.{n}": t for n, t in model.state_dict().items() if "lora_" in n})
 
 
@@ -628,5 +598,7 @@ def fresh(size, examples, seed, prompt=None):
     processor = data.Processor(data.train_tokenizer(examples), 64, 16, prompt)
     processor.files = tabletop_files(processor)
     model = VLM(preset_config(size, processor))
-    model.initialise()
+    for name, layer in model.named_modules():
+        if (last := name.split(".")[-1]) in SPREAD:
+            nn.init.normal_(layer.weight, std=SPREAD[last])
     return model, processor

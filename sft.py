@@ -31,7 +31,7 @@ import data
 from evaluate import AskConfig, evaluate, option, read_rows, run_script, summary
 from kernels import Sampler
 from model import (SIZES, add_lora, check_tensors, fresh, load, read_json, recompute_activations,
-                   save, up_to, write_tensors, write_text)
+                   save, up_to, write)
 
 WEIGHTS = {  # name: w_t from the token's probability p and the entropy there, without gradient
     "nll": lambda p, entropy: torch.ones_like(p),
@@ -58,7 +58,7 @@ class RunConfig(AskConfig):
     out: str = option(None, "run directory (default: runs/ and what the run is)")
     examples: int = option(2000, "how many questions of the world to use: its first ones", least=1)
     steps: int = option(None, "training steps", least=1)
-    lr: float = option(None, "peak learning rate (default: see default_lr)")
+    lr: float = option(None, "peak learning rate (default: see starting_model)")
     warmup: int = option(20, "steps until the peak learning rate", least=0)
     save_every: int = option(50, "steps between checkpoints", least=1)
     eval_every: int = option(0, "steps between evaluations on val; 0: first and last", least=0)
@@ -88,7 +88,6 @@ class Config(RunConfig):
 class Run:
     """What imitation and exploration share. Every draw (data order, sampler noise) is a function of
     (seed, step): weights, optimizer state and the step are all there is to keep."""
-
     def __init__(self, config, model, processor, decay):
         self.config, self.model, self.processor = config, model, processor
         self.decay, self.step = decay, 0
@@ -98,10 +97,11 @@ class Run:
         if config.lora_rank:
             torch.manual_seed(config.seed)
             add_lora(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.init)
-        if config.freeze_vision:
-            model.vision.requires_grad_(False)
         if config.recompute:
             recompute_activations(model)
+        for name, p in model.named_parameters():
+            if config.freeze_vision and re.search(r"vision_model|visual\.(?!merger)", name):
+                p.requires_grad_(False)
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizers = make_optimizers(self.trained, config.lr)
         self.claim()
@@ -121,13 +121,13 @@ class Run:
                          f"{stored[name]!r}, now {options[name]!r}; give the same or "
                          "choose another --out")
         (self.out / "training").mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(options, indent=1))
+        write(path, json.dumps(options, indent=1))
         if self.config.resume and self.state.exists():
             self.restore()
         path = self.out / "metrics.jsonl"            # forgets the rows of steps to be done again
         kept = [line for line in (path.read_text().splitlines() if self.step else [])
                 if line.endswith("}") and json.loads(line)["step"] <= self.step]
-        write_text(path, "".join(line + "\n" for line in kept))
+        write(path, "".join(line + "\n" for line in kept))
 
     def restore(self):
         tensors = load_file(self.state, device=self.config.device)
@@ -148,7 +148,7 @@ class Run:
         save(self.model, self.processor, self.out)
         tensors = {f"{name}/{key}": tensor for name, p in self.trained.items() for key, tensor
                    in dict(self.optimizers[name].state[p], weight=p).items()}
-        write_tensors(self.state, tensors, dict(step=str(self.step), steps=str(self.config.steps)))
+        write(self.state, tensors, dict(step=str(self.step), steps=str(self.config.steps)))
 
     def update(self, losses, examples):
         """One optimizer step along the sum of some losses, each made when the one before has left
@@ -179,8 +179,6 @@ class Run:
         c = self.config
         examples = data.load_dataset(c.data, "val", skip_bad_rows=c.skip_bad_rows)
         some = [examples[i] for i in range(min(c.eval_examples, len(examples)))]
-        if not some:                 # a file of fewer than twenty rows
-            return
         self.sampler.refresh()
         figures = summary(evaluate(self.sampler, self.processor, some, "val",
                                    new_tokens=c.max_new_tokens))
@@ -225,22 +223,11 @@ def make_optimizers(trained, lr):
     the convolution and LoRA."""
     matrices = {n: p for n, p in trained.items() if p.ndim == 2 and "lora_" not in n
                 and re.search(r"layers\.|blocks\.|connector|merger", n)}
-    rest = {n: p for n, p in trained.items() if n not in matrices}
-    muon = dict(lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    adamw = dict(lr=lr / 3, betas=(0.9, 0.95), weight_decay=0.0)
-    made = {}
-    for kind, some, options in ((torch.optim.Muon, matrices, muon),
-                                (torch.optim.AdamW, rest, adamw)):
-        made |= dict.fromkeys(some, kind(some.values(), **options) if some else None)
-    return made
-
-
-def default_lr(c, model, small, published):
-    """small: what val chose for the tabletop's models; published: the paper's, for checkpoints of
-    that kind, with LoRA ten times as much."""
-    if sum(p.numel() for p in model.parameters()) < 5e7:
-        return small
-    return published * (10 if c.lora_rank else 1)
+    rest = [p for n, p in trained.items() if n not in matrices]
+    adamw = torch.optim.AdamW(rest, lr=lr / 3, betas=(0.9, 0.95), weight_decay=0.0)
+    muon = torch.optim.Muon(matrices.values(), lr=lr, weight_decay=0.0,
+                            adjust_lr_fn="match_rms_adamw") if matrices else None
+    return {name: muon if name in matrices else adamw for name in trained}
 
 
 def finished(out):
@@ -262,11 +249,16 @@ def base_model(device):
     return "runs/base"
 
 
-def starting_model(c):
-    """-> model and processor that a run starts from; frozen weights are kept in bf16 on CUDA."""
+def starting_model(c, small, published):
+    """-> model and processor that a run starts from; frozen weights are kept in bf16 on CUDA. Sets
+    the learning rate if none is given: what val chose for the tabletop's small models, or the
+    paper's for public checkpoints, with LoRA ten times as much."""
     c.init = c.init or base_model(c.device)
     thin = c.lora_rank and c.device == "cuda"
-    return load(c.init, c.device, torch.bfloat16 if thin else torch.float32, c.prompt())
+    model, processor = load(c.init, c.device, torch.bfloat16 if thin else torch.float32, c.prompt())
+    large = sum(p.numel() for p in model.parameters()) > 5e7
+    c.lr = c.lr or (published * (10 if c.lora_rank else 1) if large else small)
+    return model, processor
 
 
 def training_examples(c):
@@ -309,9 +301,9 @@ def main(c):
             text += [data.world_example("train", i, "verbose") for i in range(600)]
         model, processor = fresh(c.size, text, c.seed, c.prompt())
         model.to(c.device)
+        c.lr = c.lr or 1e-2
     else:
-        model, processor = starting_model(c)
-    c.lr = c.lr or default_lr(c, model, 1e-2 if scratch else 3e-3, 1e-5)
+        model, processor = starting_model(c, small=3e-3, published=1e-5)
     run = Run(c, model, processor, decay=True)
 
     def one_step(step):

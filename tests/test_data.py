@@ -322,7 +322,7 @@ def test_bad_rows(read, message, bad):
 @pytest.mark.parametrize("raw, message", [
     (b"", "no usable row"), (b"\n \n", "no usable row"), (b"[]", "no usable row"),
     (b'{"question": "q", "answer": "a"}\n{"question":', "jsonl:2: not JSON"),
-    (b'[{"question": "q", "answer": "a"}, ', "nor a .jsonl"), (b"[1]", "row 1: expected an object"),
+    (b'[{"question": "q", "answer": "a"}, ', "nor a .jsonl"), (b"[1]", ":1: expected an object"),
     (b"\xff\xfe\x00", "rows.jsonl"), (b'{"question": "\xe9", "answer": "a"}', "rows.jsonl"),
     (b'{"a": ' + b"[" * 99_999, "rows.jsonl"),
     (b'{"question": "q", "answer": ' + b"9" * 5000 + b"}", "rows.jsonl")], ids=range(10))

@@ -88,9 +88,10 @@ def test_one_update_has_ratio_one():
 
 def test_sequence_ratio():
     """GSPO: exp of the mean log-ratio over counted tokens, the same for each of them."""
-    mask = torch.tensor([[1.0, 1, 0]])
-    gap = grpo.log_ratio(torch.tensor([[0.2, 0.4, 9.0]]), torch.zeros(1, 3), mask, "sequence")
-    assert torch.allclose(gap, torch.tensor([[0.3, 0.3, 0]]))
+    mask, logprob = torch.tensor([[1.0, 1, 0]]), torch.tensor([[0.2, 0.4, 9.0]])
+    loss = grpo.surrogate(logprob, torch.zeros(1, 3), torch.ones(1, 1), mask,
+                          options(ratio="sequence", clip_high=9.0))
+    assert torch.allclose(-loss[:, :2], torch.tensor([[0.3, 0.3]]).exp())
 
 
 def test_cispo_keeps_the_gradient_of_clipped_tokens():

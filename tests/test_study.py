@@ -84,7 +84,7 @@ def test_report_is_self_contained_and_escapes(out):
     rows[0]["response"] = f"<think>{evil}</think><answer>{evil}</answer>"
     rows[1]["response"] = f"{evil}<img src=x onerror=alert(1)>"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    page = "".join(evaluate.markup(*block) for block in evaluate.report(**results))
+    _, page = evaluate.report(**results)
     links = Links()
     links.feed(page)
     assert "script" not in links.tags and "&lt;script&gt;" in page
