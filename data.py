@@ -275,7 +275,8 @@ class World:
         return len(self.indices)
 
     def __getitem__(self, index):
-        return self.make(self.indices[index])        # an IndexError ends a `for`
+        found = self.indices[index]                  # an IndexError ends a `for`
+        return [self.make(i) for i in found] if isinstance(index, slice) else self.make(found)
 
 
 # ------------------------------------------------------------------------------- JSONL files
@@ -416,13 +417,15 @@ def read_examples(path, skip_bad_rows=False):
     return examples
 
 
-def load_dataset(data, split="train", style="canonical", skip_bad_rows=False):
-    """«world», or a file. Of a file, the last twentieth (1 to 200 rows) is the split val."""
+def load_dataset(data, split="train", limit=None, skip_bad_rows=False):
+    """The first `limit` examples of «world», or of a file, whose last twentieth (1 to 200 rows) is
+    the split val."""
     if data == "world":
-        return World(split, style)
+        return World(split, size=limit or 20_000)
     examples = read_examples(data, skip_bad_rows)
     kept = len(examples) - max(1, min(200, len(examples) // 20))
-    return {"train": examples[:kept] or examples, "val": examples[kept:]}.get(split, examples)
+    parts = {"train": examples[:kept] or examples, "val": examples[kept:]}
+    return parts.get(split, examples)[:limit]
 
 
 # ---------------------------------------------------------------------- tokens, prompts, tiles
@@ -430,9 +433,9 @@ START, STOP, AROUND, GLOBAL, PAD = ("<|im_start|>", "<end_of_utterance>",
                                     "<fake_token_around_image>", "<global-img>", "<pad>")
 CHAT_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{ message.role | capitalize }}:"
-    "{% if message.content[0].type != 'image' %}{{ ' ' }}{% endif %}"
-    "{% for part in message.content %}{{ '<image>' if part.type == 'image' else part.text }}"
-    "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
+    "{{ '' if message.content[0].type == 'image' else ' ' }}{% for part in message.content %}"
+    "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
 
 
 def train_tokenizer(examples, vocabulary=2048):
@@ -561,8 +564,8 @@ class Processor:
         tiles, rows, columns = image_tiles(image, self.tile, self.longest_edge)
         one, text = self.IMAGE * self.image_tokens, ""
         for row in range(1, rows + 1):
-            text += "".join(f"{AROUND}<row_{row}_col_{column}>{one}"
-                            for column in range(1, columns + 1)) + "\n"
+            names = [f"<row_{row}_col_{column}>" for column in range(1, columns + 1)]
+            text += "".join(f"{AROUND}{name}{one}" for name in names) + "\n"
         text += "\n" * (rows > 0) + f"{AROUND}{GLOBAL}{one}{AROUND}"
         return text, [pixel_array(tile, self.MEAN, self.STD)[None] for tile in tiles], []
 
@@ -608,8 +611,8 @@ class Processor:
         """(V,) True for ids that only prompts may hold, and for ids without a token."""
         added, size = self.tokenizer.get_added_tokens_decoder(), self.tokenizer.get_vocab_size()
         special = {i for i, token in added.items() if token.special} | {self.image}
-        return torch.tensor([i != self.stop and (i in special or i >= size)
-                             for i in range(vocabulary)])
+        banned = (special | set(range(size, vocabulary))) - {self.stop}
+        return torch.tensor([i in banned for i in range(vocabulary)])
 
 
 class QwenProcessor(Processor):
@@ -618,9 +621,7 @@ class QwenProcessor(Processor):
     MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
     def preprocessing(self):
-        least, most = 4 * self.tile ** 2, self.longest_edge ** 2
-        return dict(size=dict(shortest_edge=least, longest_edge=most), min_pixels=least,
-                    max_pixels=most)
+        return dict(min_pixels=4 * self.tile ** 2, max_pixels=self.longest_edge ** 2)
 
     def picture(self, image):
         """Patches in 2x2 blocks, one for each image token; a still picture is two equal frames."""

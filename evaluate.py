@@ -72,7 +72,6 @@ def run_script(main, Config, doc, argv=None):
 
 
 # ----------------------------------------------------------------------------------- the grader
-
 BOX = re.compile(r"\[" + ",".join([r"\s*(-?\d+(?:\.\d+)?)\s*"] * 4) + r"\]")
 FORMATS = {"tags": re.compile(r"<think>(.+?)</think>\s*<answer>(.+?)</answer>", re.S),
            "boxed": re.compile(r"<think>(.+?)</think>\s*\\boxed\{(.+)\}", re.S)}
@@ -334,10 +333,9 @@ def answer_all(directory, c):
     temperature = c.temperature if c.temperature is not None else float(c.samples > 1)
     rows = []
     for split in c.split.split(",") if c.data == "world" else ["all"]:
-        examples = data.load_dataset(c.data, split, skip_bad_rows=c.skip_bad_rows)
-        some = [examples[i] for i in range(min(c.limit, len(examples)))]
+        some = data.load_dataset(c.data, split, c.limit, c.skip_bad_rows)
         rows += evaluate(sampler, processor, some, split, c.samples, temperature,
-                         c.max_new_tokens, seed=c.seed)
+                         c.max_new_tokens, c.seed)
     return rows
 
 
@@ -373,7 +371,6 @@ def main(c):
 
 
 # ----------------------------------------------------------------------------------- the study
-
 @dataclass
 class StudyConfig:
     preset: str = option("quick", "smoke: does it run; quick: the comparison", ("smoke", "quick"))
@@ -462,7 +459,6 @@ def study(c):
 
 
 # ---------------------------------------------------------------------------------- the report
-
 HEAD = """<!doctype html><meta charset="utf-8"><title>SFT and GRPO</title><style>body{margin:2em;
 font:15px/1.5 sans-serif}td{padding:.2em .7em}tr:first-child{font-weight:bold}img{height:160px}
 .True,.faithful{color:#0b6e4f}.lucky{color:#b36b00}.False,.wrong{color:#b3261e}</style>"""
@@ -492,9 +488,10 @@ def chart(title, points):
         line = " ".join(f"{360 * p['step'] / last:.0f},{145 - 145 * p[name]:.1f}" for p in points)
         drawn += (f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
                   f'<text x="{95 * i}" y="175" fill="{colour}">{name}</text>')
-    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="-30 -41 420 232" width="420"><path d'
-            '="M0 0h360M0 72h360M0 145h360" stroke="#ddd"/><text x="-17" y="5">1</text><text x='
-            f'"-17" y="150">0</text><text y="-20">{title}, {last} steps</text>{drawn}</svg>')
+    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="-30 -41 420 232" width="420" '
+            'style="background:#fff;font:14px sans-serif"><path d="M0 0h360M0 72h360M0 145h360" '
+            'stroke="#ddd"/><text x="-17" y="5">1</text><text x="-17" y="150">0</text>'
+            f'<text y="-20">{title}, {last} steps</text>{drawn}</svg>')
 
 
 def rollouts(cells, rows):

@@ -81,10 +81,8 @@ def reward(response, length, example, answer_format, c):
 
 
 def group_advantages(rewards, kind):
-    """GRPO's critic: how much better than its siblings each rollout did. (B, G) -> (B, G).
-
-    A reward that is not a number counts as the mean of its group, so its advantage is 0.
-    """
+    """GRPO's critic: how much better than its siblings each rollout did. (B, G) -> (B, G). A reward
+    that is not a number counts as the mean of its group, so its advantage is 0."""
     rewards = torch.where(rewards.isnan(), rewards.nanmean(1, keepdim=True), rewards).nan_to_num()
     advantage = rewards - rewards.mean(1, keepdim=True)
     if kind == "group":              # Dr. GRPO leaves this out: it favours very easy and very hard
@@ -197,19 +195,17 @@ def update(run, reference, examples, rollouts, mask, advantage):
             logprob, entropy = score(run.model, prompts, rows)
             now, tokens = logprob.detach(), rollouts.mask[rows]
             before = now if old is None else old[rows]
-            counted.append(torch.stack([
-                (before - sampled[rows]).abs()[tokens], (now - before).abs()[tokens],
-                kl_estimate(now, base[rows], "k3")[tokens], entropy[tokens]]))
+            kl, gap = kl_estimate(now, base[rows], "k3"), (before - sampled[rows]).abs()
+            counted.append(torch.stack([gap, kl, entropy])[:, tokens])
             loss = token_loss(logprob, before, sampled[rows], base[rows], advantage[rows],
                               mask[rows], c)
             yield (loss * weights[rows]).sum()
 
     for parts in steps:
         figures = run.update(losses(parts), examples)
-    gap, moved, kl, entropy = torch.cat(counted, 1)
-    means = dict(entropy=entropy, kl=kl, gap_mean=gap, log_ratio=moved)
-    return figures | {name: x.mean().item() for name, x in means.items()} | dict(
-        gap_max=gap.max().item())
+    gap, kl, entropy = torch.cat(counted, 1)
+    return figures | dict(entropy=entropy.mean().item(), kl=kl.mean().item(),
+                          gap_mean=gap.mean().item(), gap_max=gap.max().item())
 
 
 def main(c):
@@ -219,12 +215,12 @@ def main(c):
     c.out = c.out or "runs/grpo"
     model, processor = starting_model(c, small=5e-4, published=1e-6)
     reference = None if c.lora_rank else copy.deepcopy(model).requires_grad_(False)
-    examples = data.load_dataset(c.data, "train", skip_bad_rows=c.skip_bad_rows)
-    count = min(c.examples, len(examples)) if c.data == "world" else len(examples)
+    limit = c.examples if c.data == "world" else None
+    examples = data.load_dataset(c.data, "train", limit, c.skip_bad_rows)
     run = Run(c, model, processor, decay=False)
 
     def one_step(step):
-        some = [examples[i] for i in pick(count, c.prompts, step, c.seed)]
+        some = [examples[i] for i in pick(len(examples), c.prompts, step, c.seed)]
         *experience, figures = rollout(run, some, step)
         return figures | update(run, reference, some, *experience)
 

@@ -3,11 +3,8 @@
 Each kernel stands beside a torch reference of the same signature. The reference runs on the CPU
 and under autograd, the kernel on CUDA while sampling; the tests hold one against the other.
 
-    sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop)
-    rollouts = sampler.generate(prompts, group=8, new_tokens=48, temperature=1.0)
-
-The last token of a prompt is the first token of each of its rollouts: prefill computes the cache
-of a prompt once, and every rollout starts with a `step` on that token; no first token is special.
+The last token of a prompt is the first token of each of its rollouts: a prompt is read once, and
+every rollout starts with a `step` on that token; no first token is special.
 """
 import argparse
 import copy
@@ -449,14 +446,10 @@ def measure(size, prompts, group=8, new_tokens=48):
     return rows
 
 
-def main():
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Tokens a second of the sampler on this machine.")
     parser.add_argument("--json", type=pathlib.Path, help="file for the rows")
     args = parser.parse_args()
-    rows = measure("m", 4) + measure("m", 32)
+    measured = measure("m", 4) + measure("m", 32)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+        args.json.write_text(json.dumps(measured, indent=1))

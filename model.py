@@ -3,9 +3,8 @@
     picture -> ViT -> neighbours folded into one -> linear -> in place of the image tokens
     tokens  -> embedding -> L x { attention, SwiGLU } -> RMSNorm -> head
 
-A run directory is a Hugging Face checkpoint: `save` writes what transformers opens, `load` reads
-what transformers, or the hub, wrote. Attention is handed in as a function, `attend`, so training,
-prefill, forked rollouts and the sampler's static cache are one decoder with four ways to attend.
+`save` writes a Hugging Face checkpoint, `load` reads one. Attention is handed in, as `attend`: so
+prompts, forked rollouts and the sampler's static cache are one decoder with its ways to attend.
 
     B prompts, T tokens, P patches, D width, H heads, K kv-heads, E head width, V vocabulary,
     G group, L layers, R = B * G rollouts, N new tokens, M tokens that count (no padding)
@@ -70,8 +69,7 @@ DEFAULTS = {        # model_type: what hub files leave out of vision_config and 
 def read_config(raw):
     """config.json, flat or nested -> sizes. Raises CheckpointError for another model_type."""
     if raw.get("model_type") not in DEFAULTS:
-        raise CheckpointError(f"model_type {raw.get('model_type')!r}; expected one of "
-                              + ", ".join(DEFAULTS))
+        raise CheckpointError(f"model_type {raw.get('model_type')!r}, not {', '.join(DEFAULTS)}")
     vision, text = DEFAULTS[raw["model_type"]]
     given = raw.get("text_config", raw)
     rope = (given.get("rope_scaling") or {}) | (given.get("rope_parameters") or {})
@@ -174,10 +172,8 @@ def up_to(lengths, width=None):
 
 
 class Ragged:
-    """Where the M tokens that count stand in a padded (B, T) grid, half of which is padding.
-
-    Linear layers see the M tokens alone; only attention sees the grid.
-    """
+    """Where the M tokens that count stand in a padded (B, T) grid, half of which is padding. Linear
+    layers see the M tokens alone; only attention sees the grid."""
     def __init__(self, mask):
         self.mask, self.places = mask, mask.flatten().nonzero()[:, 0]
 
@@ -367,18 +363,17 @@ class VLM(nn.Module):
 
     def fork(self, prompts, cache, ids, mask, group):
         """Continues each prompt with its group of rollouts, which attend to it and to themselves.
-
         ids (R, N), the first column the prompts' last token; mask (R, N) -> hidden states (M, D)
-        of the tokens under the mask.
-        """
+        of the tokens under the mask."""
         last, step = (prompts.lengths - 1)[:, None], torch.arange(ids.shape[1], device=ids.device)
         positions = prompts.positions[..., 0].gather(1, last).repeat_interleave(group, 0) + step
         seen = up_to(last[:, 0].repeat_interleave(group), prompts.ids.shape[1])    # (R, T)
         seen = torch.cat([seen[:, None].expand(-1, len(step), -1),
                           (step <= step[:, None]).expand(len(ids), -1, -1)], -1)[:, None]
         ragged = Ragged(mask)
-        return self.run(self.text.embed_tokens(ragged.pack(ids)), ragged.pack(positions), ragged,
-                        seen, lambda layer: [x.repeat_interleave(group, 0) for x in cache[layer]])[0]
+        x = self.text.embed_tokens(ragged.pack(ids))
+        return self.run(x, ragged.pack(positions), ragged, seen,
+                        lambda layer: [x.repeat_interleave(group, 0) for x in cache[layer]])[0]
 
     def decode(self, tokens, positions, attend):
         """One token a row against the sampler's cache. (R,), (R,) -> (R, D)"""
@@ -386,10 +381,8 @@ class VLM(nn.Module):
 
     def score(self, prompts, ids, mask, group=1, banned=None, temperature=1.0):
         """Log-prob and entropy of every response token: the one scorer of SFT, GRPO and tests.
-
         prompts: Batch of B; ids (R, N) responses; mask (R, N) True where a token counts
-        -> two tensors (R, N), zero where the mask is False. Prompts are read once per group.
-        """
+        -> two tensors (R, N), zero where the mask is False. Prompts are read once per group."""
         last = prompts.ids.gather(1, (prompts.lengths - 1)[:, None]).repeat_interleave(group, 0)
         inputs = torch.cat([last, ids[:, :-1]], 1)
         hidden = self.fork(prompts, self(prompts)[1], inputs, mask, group)     # (M, D)
@@ -479,17 +472,17 @@ SIDE_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer_co
 
 def tabletop_files(processor):
     """{name: text} of the side files of a model made from scratch."""
-    name = dict(processor_class="Idefics3Processor")
     files = {
         "preprocessor_config.json": dict(
             image_processor_type="Idefics3ImageProcessor", image_mean=processor.MEAN,
             image_std=processor.STD, max_image_size={"longest_edge": processor.tile}),
-        "processor_config.json": name | dict(image_seq_len=processor.image_tokens),
-        "tokenizer_config.json": name | dict(
+        "processor_config.json": dict(processor_class="Idefics3Processor",
+                                      image_seq_len=processor.image_tokens),
+        "tokenizer_config.json": dict(
             tokenizer_class="PreTrainedTokenizerFast", bos_token=data.START, eos_token=data.STOP,
-            pad_token=data.PAD, clean_up_tokenization_spaces=False)}
+            pad_token=data.PAD)}
     return {"chat_template.jinja": data.CHAT_TEMPLATE} | {
-        file: json.dumps(content) for file, content in files.items()}
+        name: json.dumps(content) for name, content in files.items()}
 
 
 def hub_name(name):
@@ -499,9 +492,8 @@ def hub_name(name):
 
 def hub_state(model):
     """The tensors as others know them: names of the hub, adapters merged, no head that is tied."""
-    adapted = {f"{name}.weight": layer for name, layer in model.named_modules()
-               if isinstance(layer, LoRA)}
-    return {hub_name(name): adapted[name].merged() if name in adapted else tensor
+    lora = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, LoRA)}
+    return {hub_name(name): lora[name].merged() if name in lora else tensor
             for name, tensor in model.state_dict().items()
             if "lora_" not in name and not (model.config.tied and name == "lm_head.weight")}
 
@@ -522,8 +514,7 @@ def save(model, processor, directory):
     for name, text in files.items():
         write(directory / name, text)
     dtype = getattr(torch, model.raw.get("dtype") or model.raw.get("torch_dtype") or "float32")
-    write(directory / "model.safetensors",
-          {name: tensor.to(dtype) for name, tensor in hub_state(model).items()})
+    write(directory / "model.safetensors", {n: t.to(dtype) for n, t in hub_state(model).items()})
     if model.adapter:
         (directory / "adapter").mkdir(exist_ok=True)
         write(directory / "adapter" / "adapter_config.json", json.dumps(model.adapter))
@@ -538,9 +529,8 @@ def check_tensors(expected, got, where):
     problems += [f"{name}: expected {list(expected[name].shape)}, got {list(got[name].shape)}"
                  for name in expected if name in got and expected[name].shape != got[name].shape]
     if problems:
-        more = f"\n  and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise CheckpointError(f"{where}: {len(problems)} tensors do not fit config.json:\n  "
-                              + "\n  ".join(problems[:12]) + more)
+        raise CheckpointError(f"{where}: {len(problems)} tensors do not fit config.json; some are\n"
+                              + "\n".join(problems[:12]))
 
 
 def read_file(read, path):
@@ -555,9 +545,8 @@ def read_file(read, path):
 
 
 def load(directory, device="cpu", dtype=torch.float32, prompt=None, may_differ=True):
-    """-> (VLM, Processor) of a run directory or a downloaded SmolVLM, Qwen2-VL or Qwen2.5-VL, its
-    weights in `dtype`. prompt: some of data.PROMPT; may_differ: from what the run stored. Strict:
-    see check_tensors."""
+    """-> (VLM, Processor) of a run directory or a downloaded SmolVLM, Qwen2-VL or Qwen2.5-VL.
+    prompt: some of data.PROMPT; may_differ: from what is stored. Strict: see check_tensors."""
     directory = pathlib.Path(directory)
     with torch.device("meta"):
         model = read_file(lambda path: VLM(read_json(path)), directory / "config.json")
@@ -572,8 +561,7 @@ def load(directory, device="cpu", dtype=torch.float32, prompt=None, may_differ=T
     tensors = {ours[name]: tensor for name, tensor in tensors.items()}
     model.load_state_dict(tensors, strict=False, assign=True)         # False: a tied head
     model.tie()
-    files = {name: (directory / name).read_text() for name in SIDE_FILES
-             if (directory / name).exists()}
+    files = {n: (directory / n).read_text() for n in SIDE_FILES if (directory / n).exists()}
     path, c = directory / "prompt.json", model.config.vision
     stored = read_file(read_json, path) if path.exists() else {}
     style = stored | (prompt or {})

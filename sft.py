@@ -118,8 +118,7 @@ class Run:
         for name in sorted(set(stored) & set(options) - {"resume", "device", "save_every"}):
             if stored[name] != options[name]:
                 sys.exit(f"error: --{name.replace('_', '-')}: the run in {self.out} has "
-                         f"{stored[name]!r}, now {options[name]!r}; give the same or "
-                         "choose another --out")
+                         f"{stored[name]!r}, now {options[name]!r}; or choose another --out")
         (self.out / "training").mkdir(parents=True, exist_ok=True)
         write(path, json.dumps(options, indent=1))
         if self.config.resume and self.state.exists():
@@ -177,8 +176,7 @@ class Run:
     def validate(self):
         """Greedy accuracy on the split val (never trained on, not the test)."""
         c = self.config
-        examples = data.load_dataset(c.data, "val", skip_bad_rows=c.skip_bad_rows)
-        some = [examples[i] for i in range(min(c.eval_examples, len(examples)))]
+        some = data.load_dataset(c.data, "val", c.eval_examples, c.skip_bad_rows)
         self.sampler.refresh()
         figures = summary(evaluate(self.sampler, self.processor, some, "val",
                                    new_tokens=c.max_new_tokens))
@@ -265,7 +263,7 @@ def training_examples(c):
     """-> what this run imitates, a sequence of Example. A file of traces is one of rollouts on the
     world (evaluate.py --out): the right ones, as they stand."""
     if c.data != "world":
-        return data.load_dataset(c.data, "train", skip_bad_rows=c.skip_bad_rows)
+        return data.load_dataset(c.data, skip_bad_rows=c.skip_bad_rows)
     if c.stage == "base":
         return data.World("base", size=c.steps * c.batch)
     if c.traces in ("canonical", "verbose", "answer"):
@@ -296,7 +294,7 @@ def main(c):
     examples = training_examples(c)
     c.steps = c.steps or c.epochs * max(1, len(examples) // c.batch)
     if scratch:                      # the tokenizer learns from the text of the first examples
-        text = [examples[i] for i in range(min(3000, len(examples)))]
+        text = examples[:3000]
         if c.data == "world":
             text += [data.world_example("train", i, "verbose") for i in range(600)]
         model, processor = fresh(c.size, text, c.seed, c.prompt())
