@@ -1,9 +1,6 @@
 """The pictures, the questions and the tokens that both ways of training share.
 
-1. The tabletop world: scenes on a 4x4 table, six families of questions, rationales of which every
-   step can be checked; all a pure function of (split, index): 2,000 prompts begin 20,000 prompts.
-2. JSONL files: one function brings the rows of the common tools into one form, or says why not.
-3. Tokens: a byte-level BPE, the Idefics3 prompt, image tiles, and `Batch`.
+The tabletop world, of which every step of reasoning can be checked; JSONL files; tokens, pixels.
 """
 import base64
 import functools
@@ -126,8 +123,7 @@ def pick_phrase(rng, things, kind):
 
 
 def ask(rng, things, family):
-    """-> what the wording of a question needs, the steps (see CLAIMS) that lead to its answer, the
-    answer. Four families count two phrases; no thing can match both of them."""
+    """-> what the wording needs, the steps (see CLAIMS), the answer. No thing matches a and b."""
     if family == "location":
         thing = rng.choice(singles(things))
         place = f"{named(thing)}: row {thing.row}, column {thing.column}"
@@ -211,12 +207,11 @@ def check_steps(scene, text):
 
 
 def world_example(split, index, style="canonical", words=False):
-    """Example `index` of a split: the same on every machine, whatever else was drawn before.
-    style: canonical, verbose or answer; words: the table described instead of painted."""
-    if split not in SPLITS:
-        raise DataError(f"split {split!r}: the tabletop world has {', '.join(SPLITS)}")
+    """The same on every machine, whatever else was drawn. words: described instead of painted."""
+    if split not in SPLITS or not str(index).isdecimal():
+        raise DataError(f"{split}/{index}: expected a number and one of {', '.join(SPLITS)}")
     rng = random.Random(f"{'test' if split == 'text' else split}/{index}")
-    family = list(FAMILIES)[index % len(FAMILIES)]
+    family = list(FAMILIES)[int(index) % len(FAMILIES)]
     scene = make_scene(rng, split, family)
     values, steps, answer = ask(rng, scene, family)
     *known, new = FAMILIES[family]
@@ -226,14 +221,6 @@ def world_example(split, index, style="canonical", words=False):
     images = [] if words or split == "text" else [paint(scene)]
     text = IMAGE + text if images else f"The table: {describe(scene)} {text}"
     return Example(f"{split}/{index}", text, answer, response, images, family=family, scene=scene)
-
-
-def world_example_of(name):
-    """The example whose id is `name`, like «test/7»."""
-    split, _, index = name.partition("/")
-    if not index.isdecimal():
-        raise DataError(f"id {name!r}: expected SPLIT/INDEX of the tabletop world, like test/7")
-    return world_example(split, int(index))
 
 
 # kinds of pretraining example and their shares in percent
@@ -341,8 +328,7 @@ def spoken(messages):
 
 
 def strip_answer(text):
-    """What stands in the last <answer> tags, else the text without its <think> part; where that
-    has a \\boxed{...}, what stands in the last one."""
+    """The last of <answer>, else what follows <think>; in that the last of \\boxed{}."""
     found = re.findall(r"<answer>(.*?)</answer>", text, re.S)
     text = found[-1] if found else re.sub(r"<think>.*?(?:</think>|$)", "", text, flags=re.S)
     inside, depth = text.rpartition("\\boxed{")[2] if "\\boxed{" in text else "", 1
@@ -418,8 +404,7 @@ def read_examples(path, skip_bad_rows=False):
 
 
 def load_dataset(data, split="train", limit=None, skip_bad_rows=False):
-    """The first `limit` examples of «world», or of a file, whose last twentieth (1 to 200 rows) is
-    the split val."""
+    """The first of «world», or of a file; the last twentieth (1 to 200 rows) of that is val."""
     if data == "world":
         return World(split, size=limit or 20_000)
     examples = read_examples(data, skip_bad_rows)
@@ -524,8 +509,7 @@ def pad_rows(rows, pad):
 
 
 def rope_positions(ids, grids, image):
-    """M-RoPE (Qwen2-VL, section 2.1): text counts on in all three; the tokens of a picture share a
-    time and have its rows and columns; what follows starts at the largest. (T,) -> (T, 3)"""
+    """M-RoPE (Qwen2-VL, 2.1): of a picture time, rows, columns, then on from the largest. (T, 3)"""
     positions = torch.arange(len(ids))[:, None].repeat(1, 3)
     starts = ((ids == image) & (ids.roll(1) != image)).nonzero()[:, 0].tolist()
     for start, (rows, columns) in zip(starts, grids):
@@ -542,8 +526,7 @@ PROMPT = dict(system="", instruction="", answer_format="tags", longest_edge=0)
 
 
 class Processor:
-    """All that stands between text and ids for one checkpoint; here SmolVLM's and Idefics3's.
-    files: {name: text}, what other programs read of it; kept as it came."""
+    """All that stands between text and ids, and `files` for other programs; here of SmolVLM."""
     IMAGE, STOP, PAD, LEAD, EDGE = IMAGE, STOP, PAD, " ", None
     MEAN = STD = (0.5, 0.5, 0.5)
 

@@ -5,7 +5,7 @@
 
 Right: what stands in the last <answer> tags or \\boxed{} equals the gold answer: numbers by value,
 words and choices by text, boxes by IoU. Formatted: exactly <think>...</think> and such an answer.
-In the tabletop world also faithful: right, with every step of the reasoning true; else lucky.
+Faithful, on the tabletop: right, with every step of the reasoning true; else lucky.
 """
 import argparse
 import ast
@@ -24,6 +24,7 @@ import time
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from statistics import correlation, fmean as mean
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -98,14 +99,6 @@ UNITS = {word + plural + power: words.split()[0] + power for words in (       # 
     for word in words.split() for plural in ("", "s") for power in ("", "^2", "^3")} | {"": ""}
 ROUNDED = re.compile(r"nearest (?:(tenth)|(hundredth)|(thousandth)|whole|integer|degree|unit|"
                      r"\w*meter|inch|foot|yard|mile)", re.I)      # group: how many decimals
-
-
-@dataclass
-class Grade:
-    correct: bool
-    formatted: bool
-    faithful: bool | None = None     # None where the truth of the steps is not known
-    steps: list = ()
 
 
 def clean(text):
@@ -193,16 +186,15 @@ def is_right(answer, gold, choices=None, question=""):
 
 
 def grade(response, example, answer_format="tags"):
-    """response: text without its end mark."""
+    """-> correct, formatted, faithful (None where no scene tells), steps with their truth."""
     found, answer = FORMATS[answer_format].fullmatch(response.strip()), data.strip_answer(response)
     formatted = found is not None and not re.search(r"</?(think|answer)>", found[1] + found[2])
     formatted = formatted and (answer_format == "tags" or answer == found[2].strip())
     correct = is_right(answer, example.answer, example.choices, example.question)
-    if example.scene is None:
-        return Grade(correct, formatted)
-    steps = data.check_steps(example.scene, found[1]) if formatted else []
+    steps = data.check_steps(example.scene, found[1]) if formatted and example.scene else []
     claims = [true for _, true in steps if true is not None]
-    return Grade(correct, formatted, correct and bool(claims) and all(claims), steps)
+    faithful = correct and bool(claims) and all(claims) if example.scene else None
+    return SimpleNamespace(correct=correct, formatted=formatted, faithful=faithful, steps=steps)
 
 
 def wilson(right, n, z=1.96):
@@ -330,12 +322,11 @@ def answer_all(directory, c):
     dtype = torch.bfloat16 if c.device == "cuda" else torch.float32
     model, processor = load(directory, c.device, dtype, c.prompt(), may_differ=False)
     sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop)
-    temperature = c.temperature if c.temperature is not None else float(c.samples > 1)
+    heat = c.temperature if c.temperature is not None else float(c.samples > 1)
     rows = []
     for split in c.split.split(",") if c.data == "world" else ["all"]:
         some = data.load_dataset(c.data, split, c.limit, c.skip_bad_rows)
-        rows += evaluate(sampler, processor, some, split, c.samples, temperature,
-                         c.max_new_tokens, c.seed)
+        rows += evaluate(sampler, processor, some, split, c.samples, heat, c.max_new_tokens, c.seed)
     return rows
 
 
@@ -496,7 +487,7 @@ def chart(title, points):
 
 def rollouts(cells, rows):
     """One question put to every model, with each step marked; what a model wrote is escaped."""
-    example, file = data.world_example_of(rows[0]["id"]), io.BytesIO()
+    example, file = data.world_example(*rows[0]["id"].split("/")), io.BytesIO()
     example.images[0].save(file, "PNG")
     picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     table = [[f'<img src="{picture}">', example.question.removeprefix(data.IMAGE), example.answer]]

@@ -6,11 +6,6 @@
 
 Each choice is an option, and --algorithm is a preset of them. A loss near zero is normal here:
 watch reward, advantage and gradient norm. --minibatches 2 makes the ratio, and clipping, real.
-
-    python grpo.py                        GRPO from the base model (made if there is none)
-    python grpo.py --init runs/sft        SFT, then GRPO
-    python grpo.py --data FILE --init DIR on your own questions
-
 Departs from the paper: Muon beside AdamW; groups of 8 and 0.1 for the format (theirs: not found).
 """
 import copy
@@ -22,7 +17,7 @@ import torch
 
 import data
 from evaluate import grade, mean, option, run_script
-from model import without_lora
+from model import LoRA
 from sft import Run, RunConfig, pick, pieces, starting_model
 
 GRPO = dict(advantage="group", ratio="token", clip="ppo", clip_low=0.2, clip_high=0.2,
@@ -81,8 +76,7 @@ def reward(response, length, example, answer_format, c):
 
 
 def group_advantages(rewards, kind):
-    """GRPO's critic: how much better than its siblings each rollout did. (B, G) -> (B, G). A reward
-    that is not a number counts as the mean of its group, so its advantage is 0."""
+    """GRPO's critic: how much better than its siblings each rollout did. (B, G); 0 for a nan."""
     rewards = torch.where(rewards.isnan(), rewards.nanmean(1, keepdim=True), rewards).nan_to_num()
     advantage = rewards - rewards.mean(1, keepdim=True)
     if kind == "group":              # Dr. GRPO leaves this out: it favours very easy and very hard
@@ -121,8 +115,7 @@ def kl_estimate(logprob, reference, kind):
 
 
 def token_weights(mask, how, longest):
-    """What each token's loss counts in the loss of a minibatch. (R, N) -> (R, N), of sum 1 but for
-    «constant». Rows without a counted token count nowhere else."""
+    """What each token's loss counts in the loss of a minibatch. (R, N) -> (R, N)"""
     lengths = mask.sum(1, keepdim=True)
     if how == "sequence":
         return mask / lengths.clamp(min=1) / (lengths > 0).sum().clamp(min=1)
@@ -140,8 +133,7 @@ def token_loss(logprob, old, sampled, reference, advantage, mask, c):
 
 
 def rollout(run, examples, step):
-    """Samples a group of answers to each question and rewards them -> Rollouts, the mask of the
-    tokens in the loss (R, N), advantage (R, 1), figures."""
+    """Samples and rewards -> Rollouts, mask of the loss (R, N), advantage (R, 1), figures."""
     c, begin = run.config, time.perf_counter()
     run.sampler.refresh()
     seeds = (torch.arange(c.prompts) + c.prompts * (step + 1_000_003 * c.seed)) % 2 ** 31
@@ -150,8 +142,7 @@ def rollout(run, examples, step):
     seconds, answer_format = time.perf_counter() - begin, run.processor.style["answer_format"]
     graded = [reward(run.processor.decode(ids), len(ids), examples[r // c.group], answer_format, c)
               for r, ids in enumerate(rollouts.rows())]
-    rewards = torch.tensor([parts["reward"] if parts else math.nan for parts in graded])
-    rewards = rewards.view(-1, c.group)
+    rewards = torch.tensor([p["reward"] if p else math.nan for p in graded]).view(-1, c.group)
     advantage = group_advantages(rewards, c.advantage)
     known, equal, mask = [parts for parts in graded if parts], equal_groups(rewards), rollouts.mask
     if c.filter == "drop":
@@ -183,8 +174,9 @@ def update(run, reference, examples, rollouts, mask, advantage):
     def log_probs(model):
         return torch.cat([score(model, *part)[0] for parts in steps for part in parts])
 
-    with without_lora(reference or run.model) as model:
-        base = log_probs(model)
+    LoRA.on = False                  # what adapters adapt is the reference, at no cost
+    base = log_probs(reference or run.model)
+    LoRA.on = True
     old = log_probs(run.model) if len(steps) > 1 else None
 
     def losses(parts):

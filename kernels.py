@@ -199,11 +199,10 @@ def decode_attention(q, keys, values, lengths):
 
 
 def gumbel(keys, vocabulary):
-    """Standard Gumbel noise (R, V) that depends on (key, token id) alone. keys (R,) int32.
-    23 random bits and a half: never 0 and never 1, so both logarithms are finite."""
+    """Standard Gumbel noise (R, V) that depends on (key, token id) alone. keys (R,) int32."""
     words = mix(torch.arange(vocabulary, dtype=torch.int32, device=keys.device))
     bits = mix(keys[:, None] ^ words) >> 9 & 0x7FFFFF
-    return -torch.log(-torch.log((bits.float() + 0.5) * 2 ** -23))
+    return -torch.log(-torch.log((bits.float() + 0.5) * 2 ** -23))       # of neither 0 nor 1
 
 
 def sample_triton(logits, banned, scale, noise, keys):
@@ -215,9 +214,8 @@ def sample_triton(logits, banned, scale, noise, keys):
 
 @on_cuda(sample_triton)
 def sample(logits, banned, scale, noise, keys):
-    """Draws from softmax(scale * logits) without the banned ids, by Gumbel arg-max in fp32.
-    logits (R, V); banned (V,); scale, noise (1,): 1/T and 1, or 1 and 0 for the arg-max itself;
-    keys (R,) int32 -> tokens (R,), their log-probs (R,)."""
+    """Draws from softmax(scale * logits) but for banned ids, by Gumbel arg-max in fp32. (R, V), (V,),
+    scale 1/T and noise 1, or 1 and 0 to be greedy; keys (R,) int32 -> tokens (R,), log-probs."""
     logits = (logits.float() * scale).masked_fill(banned, NEGATIVE)
     tokens = (logits + noise * gumbel(keys, logits.shape[1])).argmax(-1)
     return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
@@ -236,9 +234,8 @@ def chunk_logits(hidden, weight, banned, scale):
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log softmax(scale * h Wᵀ)[target] without ever holding (N, V): chunks, made again backward,
-    from what autocast made of h and W for the forward pass. The head's gradient is summed over
-    the chunks in fp32, whatever the type of its weight."""
+    """log softmax(scale * h Wᵀ)[target] without ever holding (N, V): chunks, made again backward
+    from the same casts of h and W. The head's gradient is summed over the chunks in fp32."""
     @staticmethod
     def forward(ctx, hidden, weight, targets, banned, scale):
         if torch.is_autocast_enabled(hidden.device.type):
@@ -270,9 +267,8 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def token_logprobs(hidden, weight, targets, banned=None, temperature=1.0):
-    """Log-prob of each target and entropy of its distribution, at a temperature, ids banned.
-    hidden (N, D); weight (V, D); targets (N,); banned (V,) -> (N,), (N,); the entropy has no
-    gradient. With the sampler's `banned` and `temperature` these are the sampler's log-probs.
+    """The sampler's log-prob of each target, and the entropy there, which has no gradient.
+    hidden (N, D); weight (V, D); targets (N,); banned (V,) -> (N,), (N,).
     A banned target, which the sampler never draws, gets about -1e30 and a meaningless gradient."""
     return TokenLogprobs.apply(hidden, weight, targets, banned, 1 / (temperature or 1))
 
@@ -295,11 +291,10 @@ class Rollouts:
 
 
 class Sampler:
-    """Prompts in, rollouts out: a static cache, per-row lengths, and one `step` over fixed buffers.
-    model: forward(batch), decode(tokens, positions, attend), lm_head. banned (V,): never
-    sampled. On CUDA `step` is captured once for a shape and replayed. With `dtype` it samples from
-    a copy of the weights, which `refresh` updates in place. A row's randomness depends on (seed of
-    its prompt, place in its group, token index) alone, not on other rows, batch size or device."""
+    """Prompts in, rollouts out: a static cache, per-row lengths, one `step` over fixed buffers that
+    CUDA captures. banned (V,): never sampled. With `dtype` it samples from a copy of the weights,
+    which `refresh` updates in place. A row's randomness depends on (seed of its prompt, place in
+    its group, token index) alone, not on other rows, batch size or device."""
     def __init__(self, model, banned, stop, dtype=None, capture=True):
         self.source = self.model = model
         if dtype not in (None, next(model.parameters()).dtype):
@@ -317,8 +312,7 @@ class Sampler:
             mine.copy_(theirs)
 
     def start(self, prompts, group, new_tokens, temperature, seeds):
-        """Prefill once per prompt, fork the cache to its group, set every buffer in place. Where
-        those at hand do not fit, these become the buffers, and no graph is captured yet."""
+        """Reads each prompt once, forks its cache, sets every buffer, in place where they fit."""
         (B, width), zeros = prompts.ids.shape, prompts.ids.new_zeros
         room, rows = (width + new_tokens + 31) // 32 * 32, B * group
         last = torch.arange(B, device=self.device), prompts.lengths - 1
@@ -342,8 +336,7 @@ class Sampler:
         self.cache.unflatten(2, (B, group))[:, :, :, :, :width] = cache[:, :, :, None]
 
     def step(self, window):
-        """One token for every row, in place. window: how many cache slots can be in use. A row
-        that is done stays where it is and writes where nothing is read."""
+        """One token a row, within a window of cache slots. Done rows write behind their end."""
         slot, position, count = self.counters
 
         def attend(layer, q, k, v, rope):
@@ -412,9 +405,8 @@ def transformers_generate(directory, batch, group, new_tokens, dtype):
 
 
 def measure(size, prompts, group=8, new_tokens=48):
-    """-> rows (name, value, unit, floor, ratio): the sampler's speed to its floor (a GPU that only
-    reads weights and cache, as fast as a copy does) and to that of other ways. All prompts are one,
-    so that no way has to pad, and no row ends early (stop -1)."""
+    """-> rows (name, value, unit, floor, ratio): the sampler's speed to its floor (reading weights
+    and cache as fast as a GPU copies) and to other ways; all prompts alike, so that none pads."""
     import data
     from model import fresh, save
     cuda, rows, floor = torch.cuda.is_available(), [], None

@@ -9,7 +9,6 @@ prompts, forked rollouts and the sampler's static cache are one decoder with its
     B prompts, T tokens, P patches, D width, H heads, K kv-heads, E head width, V vocabulary,
     G group, L layers, R = B * G rollouts, N new tokens, M tokens that count (no padding)
 """
-import contextlib
 import functools
 import json
 import os
@@ -27,8 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import data
 from kernels import rms_norm, rotary, token_logprobs
 
-# Spread of fresh weights, torch's own elsewhere: layers start as the identity and tokens as large
-# as pieces of picture, so that what attends can still tell which token it is attending from.
+# Fresh layers are the identity, tokens as large as pieces of picture: what attends knows itself.
 SPREAD = dict(embed_tokens=0.6, lm_head=0.02, position_embedding=0.02, o_proj=0.0, down_proj=0.0,
               out_proj=0.0, fc2=0.0)
 SIZES = {           # name: (ViT layers, ViT width, decoder layers, decoder width)
@@ -149,8 +147,7 @@ class Vision(nn.Module):
 
 
 class Rope(nn.Module):
-    """Rotary angles. Frequency i turns with the position along axis[i]: one axis in text, three in
-    Qwen's text (M-RoPE), two in its pictures."""
+    """Rotary angles. Frequency i turns with axis[i]: of 1 in text, 3 in M-RoPE, 2 in pictures."""
     def __init__(self, theta, width, axis, repeat=1):
         super().__init__()
         turns = torch.arange(0, width, 2, device="cpu") / width
@@ -205,8 +202,7 @@ class QwenLayer(nn.Module):
 
 
 def window_order(grids, side):
-    """Sorts the image tokens of all pictures into windows of side x side. grids (N, 2) ->
-    order (P / 4,); row and column of each patch in that order (P, 2); patches in each window."""
+    """Sorts image tokens into windows: order (P / 4,), places of patches (P, 2), window sizes."""
     order, places, windows, inner = [], [], [], torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
     for rows, columns in grids.tolist():
         step = torch.arange(rows * columns)
@@ -339,9 +335,8 @@ class VLM(nn.Module):
         return x
 
     def run(self, x, positions, ragged, mask=None, past=None):
-        """The decoder over embedded tokens x (M, D) in a Ragged grid (B, T): causal, or by a mask
-        (B, 1, T, S), and then after `past(layer)`, keys and values of what came before.
-        -> hidden states (M, D); the cache: L pairs of keys and values (B, T, K, E), rotated"""
+        """The decoder over embedded tokens x (M, D): causal, or by a mask (B, 1, T, S) after
+        `past(layer)` -> hidden states (M, D), cache: L pairs of keys and values (B, T, K, E)."""
         cache = [None] * self.layers
 
         def attend(layer, q, k, v, rope):
@@ -354,8 +349,7 @@ class VLM(nn.Module):
         return self.text(x, positions, attend), cache
 
     def forward(self, batch):
-        """Reads B prompts in full -> hidden states (B, T, D), and the cache that rollouts fork
-        from, with gradient if that is enabled."""
+        """Reads B prompts -> hidden states (B, T, D), and the cache that rollouts fork from."""
         ragged = Ragged(up_to(batch.lengths, batch.ids.shape[1]))
         x = self.embed(ragged.pack(batch.ids), batch)
         hidden, cache = self.run(x, ragged.pack(batch.positions), ragged)
@@ -406,7 +400,8 @@ def recompute_activations(model):
 
 
 class LoRA(nn.Linear):
-    """W x + alpha / rank B A x, with W frozen and B zero at first (Hu et al. 2021, section 4.1)."""
+    """W x + alpha / rank B A x, with W frozen and B zero at first (Hu et al. 2021, section 4.1).
+    With LoRA.on = False every model is the one that it adapts."""
     on = True
 
     def forward(self, x):
@@ -439,22 +434,13 @@ def add_lora(model, rank, alpha, targets, base=None):
                          bias="none", base_model_name_or_path=base)
 
 
-@contextlib.contextmanager
-def without_lora(model):
-    """Inside, the model is the one that it adapts: GRPO's reference costs no second copy."""
-    LoRA.on = False
-    yield model
-    LoRA.on = True
-
-
 # ------------------------------------------------------------------------------- load and save
 def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write(path, content, metadata=None):
-    """A text, or {name: tensor}. A reader sees the old file or the new one, whenever the writer is
-    killed."""
+    """A text, or {name: tensor}; whenever it is killed, a reader sees the old file or the new."""
     new = pathlib.Path(f"{path}.new")
     if isinstance(content, str):
         new.write_text(content, encoding="utf-8")
@@ -499,8 +485,7 @@ def hub_state(model):
 
 
 def save(model, processor, directory):
-    """Writes a Hugging Face checkpoint that transformers, vLLM and TRL open as it is; of a model
-    with LoRA the merged one, and beside it adapter/, which peft opens."""
+    """Writes what transformers, vLLM and TRL open: adapters merged; in adapter/ what peft opens."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     banned = processor.banned(model.vocabulary).nonzero().flatten().tolist()
@@ -557,9 +542,8 @@ def load(directory, device="cpu", dtype=torch.float32, prompt=None, may_differ=T
     tensors = {hub_name(name): tensor.to(dtype) for shard in shards
                for name, tensor in read_file(load_file, directory / shard).items()}
     check_tensors(hub_state(model), tensors, directory)
-    ours = {hub_name(name): name for name in model.state_dict()}
-    tensors = {ours[name]: tensor for name, tensor in tensors.items()}
-    model.load_state_dict(tensors, strict=False, assign=True)         # False: a tied head
+    ours = {hub_name(name): name for name in model.state_dict()}      # strict but for a tied head
+    model.load_state_dict({ours[n]: t for n, t in tensors.items()}, strict=False, assign=True)
     model.tie()
     files = {n: (directory / n).read_text() for n in SIDE_FILES if (directory / n).exists()}
     path, c = directory / "prompt.json", model.config.vision

@@ -5,12 +5,9 @@
 Pictures, prompts, scorer, decoding and grader are those of grpo.py: a diff of the two files is the
 difference between imitation and exploration. `Run` is what every training run needs.
 
-    python sft.py                       makes the base if there is none, then SFT on 2,000 traces
-    python sft.py --stage base          the base model alone, from scratch
-    python sft.py --data FILE           SFT on your own rows, from scratch or from --init
-
 Departs from the paper: Muon on the matrices beside AdamW, a small model, traces written by the
-world instead of sampled from a larger model.
+world instead of sampled from a larger model. Without --init it makes the base model first, or on
+a file of your own a model from scratch.
 """
 import json
 import math
@@ -147,11 +144,10 @@ class Run:
         save(self.model, self.processor, self.out)
         tensors = {f"{name}/{key}": tensor for name, p in self.trained.items() for key, tensor
                    in dict(self.optimizers[name].state[p], weight=p).items()}
-        write(self.state, tensors, dict(step=str(self.step), steps=str(self.config.steps)))
+        write(self.state, tensors, dict(step=str(self.step)))
 
     def update(self, losses, examples):
-        """One optimizer step along the sum of some losses, each made when the one before has left
-        its gradient -> loss and gradient norm. Stops on a loss that is not a number."""
+        """One optimizer step along the sum of some losses; stops where that is not a number."""
         total, optimizers = 0.0, set(self.optimizers.values())
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -214,11 +210,11 @@ class Run:
             if stop:
                 sys.exit(f"stopped after step {self.step}; saved; go on with --resume")
         signal.signal(signal.SIGINT, before)
+        write(self.out / "run.json", json.dumps(asdict(c) | dict(finished=True), indent=1))
 
 
 def make_optimizers(trained, lr):
-    """{name: its optimizer}: Muon for the matrices of the layers, AdamW for tables, norms, biases,
-    the convolution and LoRA."""
+    """{name: its optimizer}: Muon for the matrices of the layers, AdamW for all else and LoRA."""
     matrices = {n: p for n, p in trained.items() if p.ndim == 2 and "lora_" not in n
                 and re.search(r"layers\.|blocks\.|connector|merger", n)}
     rest = [p for n, p in trained.items() if n not in matrices]
@@ -228,19 +224,11 @@ def make_optimizers(trained, lr):
     return {name: muon if name in matrices else adamw for name in trained}
 
 
-def finished(out):
-    """Whether the run in a directory has done all its steps."""
-    state = pathlib.Path(out) / "training" / "state.safetensors"
-    if not state.exists():
-        return False
-    with safe_open(state, "pt") as file:
-        return file.metadata()["step"] == file.metadata()["steps"]
-
-
 def base_model(device):
     """The directory of the world's base model, made by sft.py --stage base if there is none."""
+    path = pathlib.Path("runs/base/run.json")
     command = ["sft.py", "--stage", "base", "--out", "runs/base", "--device", device, "--resume"]
-    if not finished("runs/base"):
+    if not path.exists() or not read_json(path).get("finished"):
         print("no base model yet, making it: python", *command, flush=True)
         command[0] = pathlib.Path(__file__).with_name(command[0])
         subprocess.run([sys.executable, *command], check=True)
@@ -248,9 +236,8 @@ def base_model(device):
 
 
 def starting_model(c, small, published):
-    """-> model and processor that a run starts from; frozen weights are kept in bf16 on CUDA. Sets
-    the learning rate if none is given: what val chose for the tabletop's small models, or the
-    paper's for public checkpoints, with LoRA ten times as much."""
+    """-> model and processor; frozen weights are in bf16 on CUDA. Without --lr it is what val chose
+    for small models, or what the paper published for large ones, with LoRA ten times as much."""
     c.init = c.init or base_model(c.device)
     thin = c.lora_rank and c.device == "cuda"
     model, processor = load(c.init, c.device, torch.bfloat16 if thin else torch.float32, c.prompt())
@@ -260,8 +247,7 @@ def starting_model(c, small, published):
 
 
 def training_examples(c):
-    """-> what this run imitates, a sequence of Example. A file of traces is one of rollouts on the
-    world (evaluate.py --out): the right ones, as they stand."""
+    """-> sequence of Example. Of a file of rollouts (evaluate.py --out), the right ones."""
     if c.data != "world":
         return data.load_dataset(c.data, skip_bad_rows=c.skip_bad_rows)
     if c.stage == "base":
@@ -271,7 +257,8 @@ def training_examples(c):
     right = [row for row in read_rows(c.traces) if row.get("correct", True)]
     if not right:
         raise data.DataError(f"{c.traces}: no right answer among its rows")
-    return [replace(data.world_example_of(row["id"]), response=row["response"]) for row in right]
+    return [replace(data.world_example(*row["id"].partition("/")[::2]), response=row["response"])
+            for row in right]
 
 
 def pick(count, batch, step, seed):
@@ -306,8 +293,8 @@ def main(c):
 
     def one_step(step):
         some = [examples[i] for i in pick(len(examples), c.batch, step, c.seed)]
-        rows, entropies = [processor.response_ids(example.response) for example in some], []
-        tokens = sum(map(len, rows))
+        rows = [processor.response_ids(example.response) for example in some]
+        tokens, entropies = sum(map(len, rows)), []
 
         def losses():
             for i, j in pieces(0, len(some), c.micro_batch):

@@ -62,10 +62,10 @@ def test_example_is_a_function_of_its_name():
                            env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "7"})
     here = [digest(split, reversed(range(40))) for split in data.SPLITS]
     assert fresh.stdout.strip() == str(here), fresh.stderr
-    assert data.world_example_of("test/7").question == data.world_example("test", 7).question
+    assert data.world_example("test", "7").question == data.world_example("test", 7).question
     for name in ("nowhere/3", "test/-1", "test/", "test", "test/1.5", ""):
         with pytest.raises(data.DataError):
-            data.world_example_of(name)
+            data.world_example(*name.partition("/")[::2])
 
 
 def test_budgets_are_nested_and_end():

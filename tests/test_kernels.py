@@ -363,7 +363,8 @@ def test_cache_equals_full_forward(vlm, gap):
     rollouts = sampler_of(vlm).generate(apart(vlm.batch), 1, 12, 0.0)
     for batch, row in zip(map(apart, vlm.alone), rollouts.rows()):
         for token in row:
-            logits = vlm.model.lm_head(vlm.model(batch)[0][0, -1]).masked_fill(vlm.banned, -math.inf)
+            logits = vlm.model.lm_head(vlm.model(batch)[0][0, -1])
+            logits = logits.masked_fill(vlm.banned, -math.inf)
             assert int(logits.argmax()) == token
             batch = replace(batch.widen(1), lengths=batch.lengths + 1)
             batch.ids[0, -1] = token

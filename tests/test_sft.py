@@ -54,7 +54,9 @@ def test_killed_and_resumed_is_never_killed(tmp_path, start, script, more):
     done = run(command(script, whole, start, *more))
     assert done.returncode == 0, done.stderr
     rng, kills = random.Random(script), 0
-    while not sft.finished(broken):
+    broken.mkdir()
+    (broken / "run.json").write_text("{}")
+    while not json.loads((broken / "run.json").read_text()).get("finished"):
         process = subprocess.Popen(command(script, broken, start, "--resume", *more),
                                    env=ENVIRONMENT, stdout=subprocess.DEVNULL, cwd=ROOT)
         before = (broken / "metrics.jsonl").stat().st_size if kills else 0
