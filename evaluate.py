@@ -136,8 +136,7 @@ def number(text):
 
 
 def same_number(answer, gold, question=""):
-    """Whether two clean texts are one number, as exactly as the question asks or the gold's form
-    says; a unit may lack on one side, 50% is 50 and 0.5."""
+    """Whether clean texts are one number, as exactly as the question or the gold's form asks."""
     given, wanted = number(answer), number(gold)
     if not given or not wanted or given[1] and wanted[1] and given[1] != wanted[1]:
         return False

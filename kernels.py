@@ -214,8 +214,8 @@ def sample_triton(logits, banned, scale, noise, keys):
 
 @on_cuda(sample_triton)
 def sample(logits, banned, scale, noise, keys):
-    """Draws from softmax(scale * logits) but for banned ids, by Gumbel arg-max in fp32. (R, V), (V,),
-    scale 1/T and noise 1, or 1 and 0 to be greedy; keys (R,) int32 -> tokens (R,), log-probs."""
+    """Draws from softmax(scale * logits) without banned ids, by Gumbel arg-max in fp32. logits
+    (R, V); scale 1/T, noise 1, or 1, 0 to be greedy; keys (R,) int32 -> tokens, log-probs (R,)."""
     logits = (logits.float() * scale).masked_fill(banned, NEGATIVE)
     tokens = (logits + noise * gumbel(keys, logits.shape[1])).argmax(-1)
     return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]

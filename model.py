@@ -169,8 +169,7 @@ def up_to(lengths, width=None):
 
 
 class Ragged:
-    """Where the M tokens that count stand in a padded (B, T) grid, half of which is padding. Linear
-    layers see the M tokens alone; only attention sees the grid."""
+    """The M tokens that count, and the padded (B, T) grid that only attention sees."""
     def __init__(self, mask):
         self.mask, self.places = mask, mask.flatten().nonzero()[:, 0]
 

@@ -6,8 +6,7 @@ Pictures, prompts, scorer, decoding and grader are those of grpo.py: a diff of t
 difference between imitation and exploration. `Run` is what every training run needs.
 
 Departs from the paper: Muon on the matrices beside AdamW, a small model, traces written by the
-world instead of sampled from a larger model. Without --init it makes the base model first, or on
-a file of your own a model from scratch.
+world instead of sampled from a larger model.
 """
 import json
 import math
@@ -83,8 +82,7 @@ class Config(RunConfig):
 
 
 class Run:
-    """What imitation and exploration share. Every draw (data order, sampler noise) is a function of
-    (seed, step): weights, optimizer state and the step are all there is to keep."""
+    """What imitation and exploration share. Every draw is a function of (seed, step), not kept."""
     def __init__(self, config, model, processor, decay):
         self.config, self.model, self.processor = config, model, processor
         self.decay, self.step = decay, 0
