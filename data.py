@@ -463,8 +463,7 @@ def image_tiles(image, tile, longest_edge):
 def smart_resize(width, height, factor, most):
     """Qwen2-VL: both sides to multiples of factor, the area between 4 factor² and `most`."""
     if max(width, height) > 200 * min(width, height):
-        raise DataError(f"a picture of {width}x{height}: Qwen2-VL takes no side over 200 times "
-                        "the other; crop it or remove the row")
+        raise DataError(f"a picture of {width}x{height}: one side is over 200 times the other")
     sides, least = [round(side / factor) * factor for side in (width, height)], 4 * factor ** 2
     if sides[0] * sides[1] > most:
         scale = math.sqrt(width * height / most)
@@ -520,8 +519,8 @@ def rope_positions(ids, grids, image):
     return positions
 
 
-# What a run says around a question and how finely it looks; stored with its checkpoint. The
-# answer format: tags or boxed. The longest edge of a picture in pixels; 0: what the model takes.
+# What a run says around a question and how finely it looks; stored with its checkpoint. Answers in
+# tags or boxed; longest edge in pixels (Qwen: the root of the area), 0: one tile (Qwen: 512).
 PROMPT = dict(system="", instruction="", answer_format="tags", longest_edge=0)
 
 

@@ -20,7 +20,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from statistics import correlation, fmean as mean
@@ -49,7 +48,7 @@ def parse(Config, argv=None, doc=""):
     for f in fields(Config):
         kind = dict(action="store_true") if f.type is bool else dict(
             type=f.type, default=f.default, choices=f.metadata["choices"])
-        shown = "" if f.default in (None, "", False) else " (default: %(default)s)"
+        shown = " (default: %(default)s)" * (f.type is not bool and f.default not in (None, ""))
         parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["doc"] + shown, **kind)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -66,7 +65,7 @@ def run_script(main, Config, doc, argv=None):
     """Runs main(config); what the user can mend ends as one clear line, not as a traceback."""
     try:
         main(parse(Config, argv, doc))
-    except (data.DataError, CheckpointError) as error:
+    except (data.DataError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped")
@@ -82,12 +81,13 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=\d)(?:\\,|\{,\}|,\\!)(?=\d{3})", ","), (r"\\(?:text|math)[a-z]* ?\{([^{}]*)\}", r"\1"),
     (r"\\(?:left|right|[!,;:()\[\] ])| ?\\?\$ ?|~", " "), (r"\\times|\\cdot", "*"), (r"\\div", "/"),
     (r"^ ?(?:[\\{}∠A-Za-z][\\{}∠A-Za-z ]{,22}\d?)? ?(?:=|\\approx) ?", ""),          # x =, m∠1 =
-    (r"\^ ?\{? ?\\circ ?\}?|\\degree", "°"), (r"\\[dt]?(?=frac|sqrt|pi|arc|sin|cos|tan|%)", ""),
-    (r"arc(?=sin|cos|tan)", "a"), (r"frac ?(\d) ?", r"frac{\1}/"), (r"\} ?(?=\{)", "}/"),
-    (r"\{", "("), (r"\}", ")"), (r"\^ ?\((\d)\)", r"^\1"), (r"sqrt ?\[3\]", "cbrt"),
-    (r"sqrt ?([\d.]+|pi)", r"sqrt(\1)"), (r"((?:sin|cos|tan) ?\(? ?)([\d.]+) ?°", r"\1(\2*pi/180)"),
+    (r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ|\\degree", "°"), (r"arc(?=sin|cos|tan)", "a"),
+    (r"\\[dt]?(?=frac|sqrt|pi|a?sin|a?cos|a?tan|%)", ""), (r"frac ?(\d) ?", r"frac{\1}/"),
+    (r"\} ?(?=\{)", "}/"), (r"\{", "("), (r"\}", ")"), (r"\^ ?\((\d)\)", r"^\1"),
+    (r"sqrt ?\[3\]", "cbrt"), (r"sqrt ?([\d.]+|pi)", r"sqrt(\1)"),
+    (r"((?:sin|cos|tan) ?\(? ?)([\d.]+) ?°", r"\1(\2*pi/180)"),
     (r"(?<![\d.,/])(?<!/ )(\d+)(?: ?frac\((\d+)\)/\(?(\d+)\)?| (\d+)/(\d+))", r"(\1+\2\4/\3\5)"),
-    (r"(?<![/^nst])(?<![/^nst] )frac", ""), (r"(?<=[\di)] )(?:square|sq\.?) ([a-z]+)", r"\1^2"))]
+    (r"(?<![/^nst])(?<![/^nst] )frac", ""), (r"(?<=[\di)]) *(?:square|sq\.?) ([a-z]+)", r"\1^2"))]
 NEEDLESS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))|(?<![\d.,])0+(?=\d)")        # in 1,234 and in 05
 FORMULA = re.compile(r"((?:[\d.+*/^() -]|(?<=\d)e[-+]?\d|a?(?:sin|cos|tan)|sqrt|cbrt|pi)*)(.*)")
 TIMES = re.compile(r"(?<=[\d.)i]) ?(?=\(|[acpst])")               # in 2√3, which has no sign
@@ -168,7 +168,8 @@ def chosen(text, choices):
     """The choice that a letter, a text, both or a value speak of, or None."""
     if text in choices:
         return choices.index(text)
-    letter, rest = re.fullmatch(r"(?:\(?([a-z])(?:[).:]+ ?|$))?(.*)", text).groups()
+    pattern = r"(?:(?:option |choice )?[(\[]?([a-z])(?:[\]).: ]+|$))?(.*)"
+    letter, rest = re.fullmatch(pattern, text).groups()
     equal = [i for i, choice in enumerate(choices) if letter in (None, chr(97 + i))
              and (letter and not rest or rest == choice or same_number(rest, choice))]
     return equal[0] if len(equal) == 1 else None
@@ -179,8 +180,8 @@ def is_right(answer, gold, choices=None, question=""):
     if len(answer) > MAX_ANSWER:
         return False
     answer, gold, *choices = map(clean, (answer, gold, *(choices or ())))
-    if choices:
-        return chosen(answer, choices) == chosen(gold, choices) is not None
+    if choices and (wanted := chosen(gold, choices)) is not None:
+        return chosen(answer, choices) == wanted
     return answer == gold != "" or same_box(answer, gold) or same_number(answer, gold, question)
 
 
@@ -401,14 +402,13 @@ def study_cells(c):
 
 
 def run_command(command):
-    """Prints a command and runs it beside this file -> seconds."""
+    """Prints a command and runs it with the script beside this file."""
     print(f"\n$ {command}", flush=True)
-    begin, (script, *options) = time.perf_counter(), command.split()[1:]
+    script, *options = command.split()[1:]
     process = subprocess.Popen([sys.executable, pathlib.Path(__file__).with_name(script), *options])
     signal.signal(signal.SIGINT, lambda *_: process.send_signal(signal.SIGINT))     # it may save
     if code := process.wait():
-        sys.exit(f"error: that command ended with {code}; start the study again to go on here")
-    return round(time.perf_counter() - begin, 1)
+        sys.exit(f"error: that command ended with {code}; start again to go on here")
 
 
 def read_rows(path):
@@ -424,7 +424,7 @@ def reward_curve(model):
         parts = {name: mean(row[name] for row in rows[start + 1:end]) for name in list(CURVES)[1:]}
         points.append(dict(step=rows[end]["step"], held_out=rows[end]["val_accuracy"], **parts))
     held_out, late = [point["held_out"] for point in points], len(points) // 3
-    return dict(points=points, regret=max(held_out) - held_out[-1],
+    return dict(points=points, regret=max(rows[i]["val_accuracy"] for i in ends) - held_out[-1],
                 spearman=spearman([point["reward"] for point in points[late:]], held_out[late:]))
 
 
@@ -436,8 +436,10 @@ def study(c):
     done = {cell["name"]: cell for cell in results["cells"]}
     for cell in tqdm(study_cells(c), "study", disable=None):
         if not cell.items() <= done.get(cell["name"], {}).items():
-            seconds = run_command(cell["command"]) if cell["command"] else 0.0
-            run_command(cell["evaluation"])
+            for command in filter(None, (cell["command"], cell["evaluation"])):
+                run_command(command)
+            steps = read_rows(f"{cell['model']}/metrics.jsonl") if cell["command"] else []
+            seconds = sum(row.get("seconds", 0) for row in steps)
             curve = reward_curve(cell["model"]) if "grpo" in cell["method"] else None
             splits = summaries(read_rows(cell["answers"]))
             done[cell["name"]] = cell | dict(seconds=seconds, splits=splits, curve=curve)

@@ -69,10 +69,9 @@ def reward(response, length, example, answer_format, c):
         return None
     parts = dict(accuracy=float(verdict.correct), format=float(verdict.formatted))
     if c.overlong == "penalty":      # DAPO, eq. 13
-        limit = c.max_new_tokens - c.overlong_buffer
-        parts["overlong"] = min(-(length - limit) / c.overlong_buffer, 0.0)
+        parts["overlong"] = min((c.max_new_tokens - length) / c.overlong_buffer - 1, 0.0)
     total = parts["accuracy"] + c.format_weight * parts["format"] + parts.get("overlong", 0.0)
-    return dict(reward=total, **parts)
+    return dict(parts, reward=total)
 
 
 def group_advantages(rewards, kind):
@@ -86,11 +85,6 @@ def group_advantages(rewards, kind):
     elif kind == "batch":
         advantage = advantage / (rewards.std() + 1e-4)
     return advantage
-
-
-def equal_groups(rewards):
-    """(B, G) -> (B,) True where no rollout did better than another: no gradient comes from it."""
-    return (rewards == rewards[:, :1]).all(1)
 
 
 def surrogate(logprob, old, advantage, mask, c):
@@ -144,7 +138,8 @@ def rollout(run, examples, step):
               for r, ids in enumerate(rollouts.rows())]
     rewards = torch.tensor([p["reward"] if p else math.nan for p in graded]).view(-1, c.group)
     advantage = group_advantages(rewards, c.advantage)
-    known, equal, mask = [parts for parts in graded if parts], equal_groups(rewards), rollouts.mask
+    known, mask = [parts for parts in graded if parts], rollouts.mask
+    equal = (rewards == rewards[:, :1]).all(1)       # groups that no gradient comes from
     if c.filter == "drop":
         mask = mask & ~equal.repeat_interleave(c.group).to(c.device)[:, None]
     if c.overlong == "mask":

@@ -1,7 +1,7 @@
 """Everything that has to be fast: Triton kernels, token log-probs, and the sampler.
 
 Each kernel stands beside a torch reference of the same signature. The reference runs on the CPU
-and under autograd, the kernel on CUDA while sampling; the tests hold one against the other.
+and under autograd, the kernel on CUDA without gradients; the tests hold one against the other.
 
 The last token of a prompt is the first token of each of its rollouts: a prompt is read once, and
 every rollout starts with a `step` on that token; no first token is special.
@@ -292,7 +292,7 @@ class Rollouts:
 
 class Sampler:
     """Prompts in, rollouts out: a static cache, per-row lengths, one `step` over fixed buffers that
-    CUDA captures. banned (V,): never sampled. With `dtype` it samples from a copy of the weights,
+    CUDA captures. banned (V,): never sampled. With another `dtype` it samples from copied weights,
     which `refresh` updates in place. A row's randomness depends on (seed of its prompt, place in
     its group, token index) alone, not on other rows, batch size or device."""
     def __init__(self, model, banned, stop, dtype=None, capture=True):

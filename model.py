@@ -74,7 +74,7 @@ def read_config(raw):
     vision, text = SimpleNamespace(**vision | raw["vision_config"]), text | rope | given
     text.setdefault("num_key_value_heads", text["num_attention_heads"])
     text["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    tied = raw.get("tie_word_embeddings", given.get("tie_word_embeddings", False))
+    tied = raw.get("tie_word_embeddings") or given.get("tie_word_embeddings", False)
     return SimpleNamespace(vision=vision, text=SimpleNamespace(**text), tied=tied,
                            qwen=raw["model_type"].startswith("qwen"), image=raw["image_token_id"],
                            scale=raw.get("scale_factor", 2))
@@ -83,13 +83,13 @@ def read_config(raw):
 # ------------------------------------------------------------------------------------- vision
 def attention(q, k, v, mask=None, causal=False):
     """q (B, T, H, E); k, v (B, S, K, E); mask (B, 1, T or 1, S) -> (B, T, H, E)"""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))        # GPUs have no fused masked GQA
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
     return out.transpose(1, 2)
 
 
 class MLP(nn.Module):
-    """fc1, an activation, fc2."""
     def __init__(self, D, wide, activation):
         super().__init__()
         self.fc1, self.fc2, self.activation = nn.Linear(D, wide), nn.Linear(wide, D), activation
@@ -232,7 +232,7 @@ class QwenVision(nn.Module):
         """pixels (P, 3 * 2 * 14 * 14), blocks of 2x2 patches; grids (N, 2) -> (P / 4, out)"""
         weight = self.patch_embed.proj.weight
         order, places, windows = (x.to(weight.device) for x in window_order(grids, self.side))
-        x = F.linear(pixels.type_as(weight), weight.flatten(1))                # (P, D)
+        x = F.linear(pixels.type_as(weight), weight.flatten(1)).type_as(weight)    # (P, D)
         x, rope = x.unflatten(0, (-1, 4))[order].flatten(0, 1), self.rope(places)
         windows, pictures = Ragged(up_to(windows)), Ragged(up_to(4 * grids.prod(1)))
         for index, layer in enumerate(self.blocks):
@@ -328,8 +328,7 @@ class VLM(nn.Module):
         if len(batch.pixels):
             features = self.features(batch.pixels, batch.grids)
             if int(places.sum()) != len(features):
-                raise ValueError(f"{int(places.sum())} image tokens in the ids, but "
-                                 f"{len(features)} features from {len(batch.pixels)} tiles")
+                raise ValueError(f"{int(places.sum())} image tokens, but {len(features)} features")
             x = x.masked_scatter(places[:, None], features.type_as(x))
         return x
 
@@ -377,8 +376,8 @@ class VLM(nn.Module):
         prompts: Batch of B; ids (R, N) responses; mask (R, N) True where a token counts
         -> two tensors (R, N), zero where the mask is False. Prompts are read once per group."""
         last = prompts.ids.gather(1, (prompts.lengths - 1)[:, None]).repeat_interleave(group, 0)
-        inputs = torch.cat([last, ids[:, :-1]], 1)
-        hidden = self.fork(prompts, self(prompts)[1], inputs, mask, group)     # (M, D)
+        last = torch.cat([last, ids[:, :-1]], 1)
+        hidden = self.fork(prompts, self(prompts)[1], last, mask, group)       # (M, D)
         logprob, entropy = token_logprobs(hidden, self.lm_head.weight, ids[mask], banned,
                                           temperature)
         place = torch.zeros(ids.shape, dtype=logprob.dtype, device=ids.device)
@@ -441,6 +440,7 @@ def read_json(path):
 def write(path, content, metadata=None):
     """A text, or {name: tensor}; whenever it is killed, a reader sees the old file or the new."""
     new = pathlib.Path(f"{path}.new")
+    new.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, str):
         new.write_text(content, encoding="utf-8")
     else:
@@ -449,7 +449,7 @@ def write(path, content, metadata=None):
     os.replace(new, path)
 
 
-# What other programs read beside weights and tokenizer; kept as it came, sizes and ends apart.
+# What other programs read beside weights and tokenizer; only picture sizes and ends are changed.
 SIDE_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json",
               "special_tokens_map.json", "generation_config.json", "chat_template.json",
               "chat_template.jinja")
@@ -478,7 +478,7 @@ def hub_name(name):
 def hub_state(model):
     """The tensors as others know them: names of the hub, adapters merged, no head that is tied."""
     lora = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, LoRA)}
-    return {hub_name(name): lora[name].merged() if name in lora else tensor
+    return {hub_name(name): lora[name].merged().cpu() if name in lora else tensor
             for name, tensor in model.state_dict().items()
             if "lora_" not in name and not (model.config.tied and name == "lm_head.weight")}
 
@@ -486,10 +486,12 @@ def hub_state(model):
 def save(model, processor, directory):
     """Writes what transformers, vLLM and TRL open: adapters merged; in adapter/ what peft opens."""
     directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     banned = processor.banned(model.vocabulary).nonzero().flatten().tolist()
     ours = {"preprocessor_config.json": processor.preprocessing(), "generation_config.json": dict(
         eos_token_id=processor.stop, pad_token_id=processor.pad, suppress_tokens=banned)}
+    nested = json.loads(processor.files.get("processor_config.json", "{}")).get("image_processor")
+    if nested:                       # where transformers 5 keeps it
+        ours["processor_config.json"] = {"image_processor": nested | processor.preprocessing()}
     files = processor.files | {name: json.dumps(json.loads(processor.files.get(name, "{}")) | some)
                                for name, some in ours.items()}
     files |= {"config.json": json.dumps(model.raw, indent=1),
@@ -498,9 +500,9 @@ def save(model, processor, directory):
     for name, text in files.items():
         write(directory / name, text)
     dtype = getattr(torch, model.raw.get("dtype") or model.raw.get("torch_dtype") or "float32")
-    write(directory / "model.safetensors", {n: t.to(dtype) for n, t in hub_state(model).items()})
+    tensors = {name: tensor.to("cpu", dtype) for name, tensor in hub_state(model).items()}
+    write(directory / "model.safetensors", tensors)
     if model.adapter:
-        (directory / "adapter").mkdir(exist_ok=True)
         write(directory / "adapter" / "adapter_config.json", json.dumps(model.adapter))
         write(directory / "adapter" / "adapter_model.safetensors", {
             f"base_model.model.{n}": t for n, t in model.state_dict().items() if "lora_" in n})
@@ -530,21 +532,24 @@ def read_file(read, path):
 
 def load(directory, device="cpu", dtype=torch.float32, prompt=None, may_differ=True):
     """-> (VLM, Processor) of a run directory or a downloaded SmolVLM, Qwen2-VL or Qwen2.5-VL.
-    prompt: some of data.PROMPT; may_differ: from what is stored. Strict: see check_tensors."""
+    prompt: some of data.PROMPT; may_differ: may contradict prompt.json. Strict: check_tensors."""
     directory = pathlib.Path(directory)
     with torch.device("meta"):
         model = read_file(lambda path: VLM(read_json(path)), directory / "config.json")
     tokenizer = read_file(lambda path: Tokenizer.from_file(str(path)), directory / "tokenizer.json")
+    tokenizer.no_truncation()        # files of other trainings keep these
+    tokenizer.no_padding()
     index, shards = directory / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
         shards = sorted(set(read_file(read_json, index)["weight_map"].values()))
     tensors = {hub_name(name): tensor.to(dtype) for shard in shards
-               for name, tensor in read_file(load_file, directory / shard).items()}
+               for name, tensor in read_file(load_file, directory / shard).items()
+               if name != "lm_head.weight" or not model.config.tied}
     check_tensors(hub_state(model), tensors, directory)
     ours = {hub_name(name): name for name in model.state_dict()}      # strict but for a tied head
     model.load_state_dict({ours[n]: t for n, t in tensors.items()}, strict=False, assign=True)
     model.tie()
-    files = {n: (directory / n).read_text() for n in SIDE_FILES if (directory / n).exists()}
+    files = {n: (directory / n).read_text("utf-8") for n in SIDE_FILES if (directory / n).exists()}
     path, c = directory / "prompt.json", model.config.vision
     stored = read_file(read_json, path) if path.exists() else {}
     style = stored | (prompt or {})
@@ -554,12 +559,11 @@ def load(directory, device="cpu", dtype=torch.float32, prompt=None, may_differ=T
     if model.config.qwen:
         processor = data.QwenProcessor(tokenizer, 2 * c.patch_size, 1, style, files)
     else:
-        tokens = (c.image_size // c.patch_size) ** 2 // model.config.scale ** 2
-        processor = data.Processor(tokenizer, c.image_size, tokens, style, files)
+        side = c.image_size // c.patch_size // model.config.scale
+        processor = data.Processor(tokenizer, c.image_size, side ** 2, style, files)
     if processor.stop is None or processor.image != model.config.image:
-        raise CheckpointError(f"{directory}: tokenizer.json has {processor.IMAGE} as "
-                              f"{processor.image}, {processor.STOP} as {processor.stop}; "
-                              f"config.json's image token is {model.config.image}")
+        raise CheckpointError(f"{directory}: tokenizer: {processor.IMAGE} is {processor.image}"
+                              f", {processor.STOP} is {processor.stop}; config.json disagrees")
     return model.to(device), processor
 
 

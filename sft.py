@@ -13,7 +13,6 @@ import math
 import pathlib
 import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
-from evaluate import AskConfig, evaluate, option, read_rows, run_script, summary
+from evaluate import AskConfig, evaluate, option, read_rows, run_command, run_script, summary
 from kernels import Sampler
 from model import (SIZES, add_lora, check_tensors, fresh, load, read_json, recompute_activations,
                    save, up_to, write)
@@ -34,17 +33,16 @@ WEIGHTS = {  # name: w_t from the token's probability p and the entropy there, w
     "dft": lambda p, entropy: p,                                 # dynamic fine-tuning
     "trsft": lambda p, entropy: p / p.clamp(min=0.1),            # 2512.17636: NLL where p >= 0.1
     "luffy": lambda p, entropy: p / (p + 0.1),                   # LUFFY's shaping
-    # MIFO (2510.04454): only the tokens of the highest entropy; the fifth of them is our choice
-    "entropy": lambda p, entropy: (entropy >= torch.quantile(entropy, 0.8)).to(p),
+    # MIFO (2510.04454): only the tokens of the highest entropy; a fifth of each answer: our choice
+    "entropy": lambda p, entropy: (entropy >= entropy.nanquantile(0.8, -1, True)).to(p),
 }
 
 
 def imitation_loss(logprob, entropy, mask, weight):
     """Sum of weighted token losses. (B, N) -> scalar, to be divided by the tokens of the step."""
-    logp = logprob[mask]
     with torch.no_grad():
-        w = WEIGHTS[weight](logp.exp(), entropy[mask])
-    return -(w * logp).sum()
+        w = WEIGHTS[weight](logprob.exp(), entropy.where(mask, math.nan))
+    return -(w * logprob)[mask].sum()
 
 
 @dataclass
@@ -54,7 +52,7 @@ class RunConfig(AskConfig):
     out: str = option(None, "run directory (default: runs/ and what the run is)")
     examples: int = option(2000, "how many questions of the world to use: its first ones", least=1)
     steps: int = option(None, "training steps", least=1)
-    lr: float = option(None, "peak learning rate (default: see starting_model)")
+    lr: float = option(None, "peak learning rate (default: by the size of the model, see README)")
     warmup: int = option(20, "steps until the peak learning rate", least=0)
     save_every: int = option(50, "steps between checkpoints", least=1)
     eval_every: int = option(0, "steps between evaluations on val; 0: first and last", least=0)
@@ -82,11 +80,10 @@ class Config(RunConfig):
 
 
 class Run:
-    """What imitation and exploration share. Every draw is a function of (seed, step), not kept."""
+    """What all training shares. Draws are functions of (seed, step): no generator has a state."""
     def __init__(self, config, model, processor, decay):
         self.config, self.model, self.processor = config, model, processor
-        self.decay, self.step = decay, 0
-        self.keep = getattr(config, "keep", "").split(",")
+        self.decay, self.step, self.keep = decay, 0, getattr(config, "keep", "").split(",")
         self.out = pathlib.Path(config.out)
         self.state = self.out / "training" / "state.safetensors"
         if config.lora_rank:
@@ -110,11 +107,11 @@ class Run:
         if not self.config.resume and (self.out / "metrics.jsonl").exists():
             sys.exit(f"error: {self.out} already holds a run; --resume it, or choose another --out")
         stored = read_json(path) if self.config.resume and path.exists() else {}
-        for name in sorted(set(stored) & set(options) - {"resume", "device", "save_every"}):
+        free = {"resume", "device", "save_every", "micro_batch", "recompute"}
+        for name in sorted(set(stored) & set(options) - free):
             if stored[name] != options[name]:
                 sys.exit(f"error: --{name.replace('_', '-')}: the run in {self.out} has "
                          f"{stored[name]!r}, now {options[name]!r}; or choose another --out")
-        (self.out / "training").mkdir(parents=True, exist_ok=True)
         write(path, json.dumps(options, indent=1))
         if self.config.resume and self.state.exists():
             self.restore()
@@ -216,7 +213,7 @@ def make_optimizers(trained, lr):
     matrices = {n: p for n, p in trained.items() if p.ndim == 2 and "lora_" not in n
                 and re.search(r"layers\.|blocks\.|connector|merger", n)}
     rest = [p for n, p in trained.items() if n not in matrices]
-    adamw = torch.optim.AdamW(rest, lr=lr / 3, betas=(0.9, 0.95), weight_decay=0.0)
+    adamw = torch.optim.AdamW(rest, lr / 3 if matrices else lr, (0.9, 0.95), weight_decay=0.0)
     muon = torch.optim.Muon(matrices.values(), lr=lr, weight_decay=0.0,
                             adjust_lr_fn="match_rms_adamw") if matrices else None
     return {name: muon if name in matrices else adamw for name in trained}
@@ -225,16 +222,13 @@ def make_optimizers(trained, lr):
 def base_model(device):
     """The directory of the world's base model, made by sft.py --stage base if there is none."""
     path = pathlib.Path("runs/base/run.json")
-    command = ["sft.py", "--stage", "base", "--out", "runs/base", "--device", device, "--resume"]
     if not path.exists() or not read_json(path).get("finished"):
-        print("no base model yet, making it: python", *command, flush=True)
-        command[0] = pathlib.Path(__file__).with_name(command[0])
-        subprocess.run([sys.executable, *command], check=True)
+        run_command(f"python sft.py --stage base --out runs/base --device {device} --resume")
     return "runs/base"
 
 
 def starting_model(c, small, published):
-    """-> model and processor; frozen weights are in bf16 on CUDA. Without --lr it is what val chose
+    """-> model and processor; under LoRA in bf16 on CUDA. Without --lr, the rate is what val chose
     for small models, or what the paper published for large ones, with LoRA ten times as much."""
     c.init = c.init or base_model(c.device)
     thin = c.lora_rank and c.device == "cuda"
@@ -246,6 +240,8 @@ def starting_model(c, small, published):
 
 def training_examples(c):
     """-> sequence of Example. Of a file of rollouts (evaluate.py --out), the right ones."""
+    if c.data != "world" and c.traces != "canonical":
+        raise data.DataError(f"--traces {c.traces}: of the world alone; a file has its own answers")
     if c.data != "world":
         return data.load_dataset(c.data, skip_bad_rows=c.skip_bad_rows)
     if c.stage == "base":

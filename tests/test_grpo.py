@@ -56,10 +56,6 @@ def test_reward_parts():
     assert boxed["accuracy"] == boxed["format"] == 1.0
 
 
-def test_equal_groups():
-    assert grpo.equal_groups(torch.tensor([[1.0, 1], [1, 0]])).tolist() == [True, False]
-
-
 def test_clipping():
     """w = 2: a good token is held at 1 + high, a bad one is not; w = 1/2 the other way round."""
     old = torch.zeros(2, 2)
@@ -167,6 +163,17 @@ def test_sampler_and_trainer_use_one_temperature(tmp_path, start, temperature):
     """Sampled from one distribution, differentiated another: the classic quiet bug."""
     rows = train(start, tmp_path, temperature=temperature, steps=1)
     assert [row["gap_max"] < 1e-4 for row in rows if "reward" in row] == [True]
+
+
+def test_equal_groups_are_counted_and_dropped(tmp_path, start):
+    """Trap 6: nobody is right and the format earns nothing, so no group teaches anything: neither
+    its advantage nor, when dropped, its KL moves the model."""
+    common = dict(format_weight=0.0, filter="drop", lr=1e-2, warmup=0, max_new_tokens=24)
+    steps = [row for row in train(start, tmp_path / "none", **common) if "grad_norm" in row]
+    assert [(row["equal_groups"], row["grad_norm"]) for row in steps] == [(1, 0), (1, 0)]
+    rows = train(start, tmp_path / "some", overlong="penalty", **common)
+    assert all((row["grad_norm"] > 0) == (row["equal_groups"] < 1) for row in rows if "kl" in row)
+    assert any(row.get("equal_groups", 1) < 1 for row in rows)
 
 
 def test_kl_starts_at_zero_and_grows(tmp_path, start):

@@ -155,6 +155,23 @@ def test_optimizers_share_the_parameters():
     assert id(model.lm_head.weight) in second
 
 
+def test_lora_gets_the_whole_rate(start):
+    """AdamW beside Muon takes a third of --lr; alone, under LoRA, it once took a third as well."""
+    for name, rate in (("x.lora_A.weight", 1e-4), ("lm_head.weight", 1e-4)):
+        made = sft.make_optimizers({name: torch.nn.Parameter(torch.ones(2, 2))}, 1e-4)
+        assert made[name].param_groups[0]["lr"] == rate
+    both = {"a.layers.0.q": torch.nn.Parameter(torch.ones(2, 2)),
+            "norm": torch.nn.Parameter(torch.ones(2))}
+    made = sft.make_optimizers(both, 3e-4)
+    rates = [made[name].param_groups[0]["lr"] for name in both]
+    assert rates == [3e-4, pytest.approx(1e-4)]
+
+
+def test_traces_of_a_file_are_its_own(tmp_path):
+    with pytest.raises(data.DataError, match="--traces answer"):
+        sft.training_examples(sft.Config(data=str(tmp_path / "x.jsonl"), traces="answer"))
+
+
 def test_file_of_rollouts_as_traces(tmp_path, start):
     """Rejection sampling is: write rollouts, train on the right ones."""
     rows = [dict(id=f"train/{i}", response=f"<answer>{i}</answer>", correct=i % 2 == 0)
@@ -181,13 +198,16 @@ def test_learns_by_heart(tmp_path, start):
     assert sum(row["correct"] for row in rows) >= 7
 
 
-def test_micro_batches_are_one_batch(tmp_path, start):
-    """Gradients of passes of different sizes add up to those of the whole batch."""
+@pytest.mark.parametrize("weight", list(sft.WEIGHTS))
+def test_micro_batches_are_one_batch(tmp_path, start, weight):
+    """Gradients of passes of different sizes add up to those of the whole batch. The entropy mask
+    once took its quantile over a pass, so that --micro-batch changed the objective."""
     norms = []
     for size in (0, 3):
         out = tmp_path / str(size)
         sft.main(sft.Config(init=str(start), out=str(out), device="cpu", batch=8, examples=16,
-                            steps=3, eval_examples=1, micro_batch=size, lr=1e-6))
+                            steps=3, eval_examples=1, micro_batch=size, lr=1e-6,
+                            weight=weight))
         norms.append([(r["grad_norm"], r["loss"]) for r in metrics(out) if "loss" in r])
     assert torch.allclose(*map(torch.tensor, norms), rtol=1e-4)
 
