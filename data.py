@@ -328,7 +328,8 @@ def spoken(messages):
 
 
 def strip_answer(text):
-    """The last of <answer>, else what follows <think>; in that the last of \\boxed{}."""
+    """What stands in the last <answer> tags, else the text without its <think> part; where that
+    has a \\boxed{...}, what stands in the last one."""
     found = re.findall(r"<answer>(.*?)</answer>", text, re.S)
     text = found[-1] if found else re.sub(r"<think>.*?(?:</think>|$)", "", text, flags=re.S)
     inside, depth = text.rpartition("\\boxed{")[2] if "\\boxed{" in text else "", 1
@@ -508,7 +509,8 @@ def pad_rows(rows, pad):
 
 
 def rope_positions(ids, grids, image):
-    """M-RoPE (Qwen2-VL, 2.1): of a picture time, rows, columns, then on from the largest. (T, 3)"""
+    """M-RoPE (Qwen2-VL, section 2.1): text counts on in all three; the tokens of a picture share a
+    time and have its rows and columns; what follows starts at the largest. (T,) -> (T, 3)"""
     positions = torch.arange(len(ids))[:, None].repeat(1, 3)
     starts = ((ids == image) & (ids.roll(1) != image)).nonzero()[:, 0].tolist()
     for start, (rows, columns) in zip(starts, grids):
@@ -525,7 +527,8 @@ PROMPT = dict(system="", instruction="", answer_format="tags", longest_edge=0)
 
 
 class Processor:
-    """All that stands between text and ids, and `files` for other programs; here of SmolVLM."""
+    """All that stands between text and ids for one checkpoint; here SmolVLM's and Idefics3's.
+    files: {name: text}, what other programs read of it; kept as it came."""
     IMAGE, STOP, PAD, LEAD, EDGE = IMAGE, STOP, PAD, " ", None
     MEAN = STD = (0.5, 0.5, 0.5)
 

@@ -8,7 +8,6 @@ words and choices by text, boxes by IoU. Formatted: exactly <think>...</think> a
 Faithful, on the tabletop: right, with every step of the reasoning true; else lucky.
 """
 import argparse
-import ast
 import base64
 import difflib
 import html
@@ -22,6 +21,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
+from operator import add, mul, sub, truediv
 from statistics import correlation, fmean as mean
 from types import SimpleNamespace
 
@@ -84,15 +84,14 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ|\\degree", "°"), (r"arc(?=sin|cos|tan)", "a"),
     (r"\\[dt]?(?=frac|sqrt|pi|a?sin|a?cos|a?tan|%)", ""), (r"frac ?(\d) ?", r"frac{\1}/"),
     (r"\} ?(?=\{)", "}/"), (r"\{", "("), (r"\}", ")"), (r"\^ ?\((\d)\)", r"^\1"),
-    (r"sqrt ?\[3\]", "cbrt"), (r"sqrt ?([\d.]+|pi)", r"sqrt(\1)"),
-    (r"((?:sin|cos|tan) ?\(? ?)([\d.]+) ?°", r"\1(\2*pi/180)"),
+    (r"sqrt ?\[3\]", "cbrt"), (r"((?:sin|cos|tan) ?\(? ?)([\d.]+) ?°", r"\1(\2*pi/180)"),
     (r"(?<![\d.,/])(?<!/ )(\d+)(?: ?frac\((\d+)\)/\(?(\d+)\)?| (\d+)/(\d+))", r"(\1+\2\4/\3\5)"),
     (r"(?<![/^nst])(?<![/^nst] )frac", ""), (r"(?<=[\di)]) *(?:square|sq\.?) ([a-z]+)", r"\1^2"))]
 NEEDLESS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))|(?<![\d.,])0+(?=\d)")        # in 1,234 and in 05
 FORMULA = re.compile(r"((?:[\d.+*/^() -]|(?<=\d)e[-+]?\d|a?(?:sin|cos|tan)|sqrt|cbrt|pi)*)(.*)")
 TIMES = re.compile(r"(?<=[\d.)i]) ?(?=\(|[acpst])")               # in 2√3, which has no sign
-OPERATORS = {ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Pow: math.pow,
-             ast.Mult: lambda a, b: a * b, ast.Div: lambda a, b: a / b}
+TOKEN = re.compile(r" *(\d+\.?\d*(?:e[-+]?\d+)?|\.\d+|a?(?:sin|cos|tan)|sqrt|cbrt|pi|\S)")
+OPERATORS = dict(zip("+-*/^", (add, sub, mul, truediv, math.pow)))
 UNITS = {word + plural + power: words.split()[0] + power for words in (       # spelling -> unit
     "mm millimeter millimetre,cm centimeter centimetre,m meter metre,km kilometer kilometre,"
     "in inch inche,ft foot feet,yd yard,mi mile,° degree deg,% percent,unit").split(",")
@@ -109,30 +108,36 @@ def clean(text):
     return text.casefold().lstrip(" \"'`*").rstrip(" .,:;!?\"'`*")
 
 
-def value(node):
-    """Of a parsed formula: a Fraction where it is exact; nan where 2 + 3 is not worked out."""
-    if isinstance(node, ast.Constant):
-        return Fraction(str(node.value))
-    if isinstance(node, ast.Name):
-        return getattr(math, node.id)
-    if isinstance(node, ast.Call):
-        return value(node.func)(value(node.args[0]))
-    if isinstance(node, ast.UnaryOp):
-        return value(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
-    left, right, sign = value(node.left), value(node.right), type(node.op)
-    exact = sign in (ast.Add, ast.Sub, ast.Mult) and type(left) is type(right) is Fraction
-    return math.nan if exact and not 0 < right < 1 else OPERATORS[sign](left, right)
+def value(tokens, level=0):
+    """Takes a sum, at level 1 a product, 2 a power, 3 an atom from the end of tokens -> a Fraction
+    where it is exact; nan where 2 + 3 is not worked out."""
+    if level == 3:
+        word = tokens.pop()
+        if word == "(":
+            return value(tokens) * (1 if tokens.pop() == ")" else math.nan)
+        if word in "+-":
+            return value(tokens, 2) * (-1 if word == "-" else 1)
+        if word.isalpha():
+            return math.pi if word == "pi" else getattr(math, word)(value(tokens, 3))
+        return Fraction(word)
+    left = value(tokens, level + 1)
+    while tokens and tokens[-1] in ("+-", "*/", "^")[level]:
+        sign, right = tokens.pop(), value(tokens, min(level + 1, 2))         # 2^3^2 is 2^(3^2)
+        exact = sign in "+-*" and type(left) is type(right) is Fraction
+        left = math.nan if exact and not 0 < right < 1 else OPERATORS[sign](left, right)
+    return left
 
 
 def number(text):
     """-> (value, unit) of a clean text that is one number and no more, else None."""
     formula, unit = FORMULA.fullmatch(NEEDLESS.sub("", text)).groups()
+    tokens = TOKEN.findall(TIMES.sub("*", formula).replace("**", "^"))[::-1]
     try:
-        found = value(ast.parse(TIMES.sub("*", formula).replace("^", "**"), mode="eval").body)
+        found = value(tokens)
         found = Fraction(found) if found == int(found) else found
-    except Exception:                                 # it does not parse, or has no value
+    except (ArithmeticError, AttributeError, IndexError, RecursionError, TypeError, ValueError):
         return None
-    return (found, UNITS[unit]) if unit in UNITS and abs(found) <= LARGEST else None
+    return (found, UNITS[unit]) if not tokens and unit in UNITS and abs(found) <= LARGEST else None
 
 
 def same_number(answer, gold, question=""):

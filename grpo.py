@@ -109,7 +109,8 @@ def kl_estimate(logprob, reference, kind):
 
 
 def token_weights(mask, how, longest):
-    """What each token's loss counts in the loss of a minibatch. (R, N) -> (R, N)"""
+    """What each token's loss counts in the loss of a minibatch. (R, N) -> (R, N), of sum 1 but for
+    «constant». Rows without a counted token count nowhere else."""
     lengths = mask.sum(1, keepdim=True)
     if how == "sequence":
         return mask / lengths.clamp(min=1) / (lengths > 0).sum().clamp(min=1)

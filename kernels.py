@@ -344,7 +344,8 @@ class Sampler:
             q = rotary_cache(q, k, v, *rope, keys, values, slot)
             return decode_attention(q, keys, values, slot + 1)
 
-        logits = self.model.lm_head(self.model.decode(self.token, position, attend))
+        text = self.model.text
+        logits = self.model.lm_head(text(text.embed_tokens(self.token), position, attend))
         key = mix(self.stream ^ mix(count.int()))
         token, logprob = sample(logits, self.banned, *self.heat.split(1), key)
         here = count.masked_fill(self.done, self.ids.shape[1] - 1)[:, None]

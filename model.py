@@ -156,8 +156,7 @@ class Rope(nn.Module):
 
     def forward(self, positions):
         """positions (M, axes), or (M,) where all are alike -> cos, sin (M, E), in fp32."""
-        if positions.ndim == 1:
-            positions = positions[:, None].expand(-1, 3)
+        positions = positions[:, None].expand(-1, 3) if positions.ndim == 1 else positions
         angles = positions[:, self.axis] * self.frequency
         angles = torch.cat([angles, angles], -1)
         return angles.cos(), angles.sin()
@@ -169,7 +168,8 @@ def up_to(lengths, width=None):
 
 
 class Ragged:
-    """The M tokens that count, and the padded (B, T) grid that only attention sees."""
+    """Where the M tokens that count stand in a padded (B, T) grid, half of which is padding. Linear
+    layers see the tokens alone; only attention sees the grid."""
     def __init__(self, mask):
         self.mask, self.places = mask, mask.flatten().nonzero()[:, 0]
 
@@ -201,7 +201,8 @@ class QwenLayer(nn.Module):
 
 
 def window_order(grids, side):
-    """Sorts image tokens into windows: order (P / 4,), places of patches (P, 2), window sizes."""
+    """Sorts the image tokens of all pictures into windows of side x side. grids (N, 2) ->
+    order (P / 4,); row and column of each patch in that order (P, 2); patches in each window."""
     order, places, windows, inner = [], [], [], torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
     for rows, columns in grids.tolist():
         step = torch.arange(rows * columns)
@@ -367,10 +368,6 @@ class VLM(nn.Module):
         return self.run(x, ragged.pack(positions), ragged, seen,
                         lambda layer: [x.repeat_interleave(group, 0) for x in cache[layer]])[0]
 
-    def decode(self, tokens, positions, attend):
-        """One token a row against the sampler's cache. (R,), (R,) -> (R, D)"""
-        return self.text(self.text.embed_tokens(tokens), positions, attend)
-
     def score(self, prompts, ids, mask, group=1, banned=None, temperature=1.0):
         """Log-prob and entropy of every response token: the one scorer of SFT, GRPO and tests.
         prompts: Batch of B; ids (R, N) responses; mask (R, N) True where a token counts
@@ -387,14 +384,10 @@ class VLM(nn.Module):
 # ------------------------------------------------------------------- to fit a consumer's GPU
 def recompute_activations(model):
     """Each layer keeps its inputs alone and runs once more backward (Chen et al. 2016)."""
-    def thrifty(forward, *inputs):
-        if not torch.is_grad_enabled():
-            return forward(*inputs)
-        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
-
     for layer in model.modules():
         if isinstance(layer, (Layer, VisionLayer, QwenLayer)):
-            layer.forward = functools.partial(thrifty, layer.forward)
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False,
+                                              preserve_rng_state=False)
 
 
 class LoRA(nn.Linear):

@@ -156,8 +156,7 @@ class Run:
                      f"finite; batch: {ids}. The last checkpoint in {self.out} is intact; a lower "
                      "--lr is the usual cure")
         share = min(1.0, (self.step + 1) / max(1, self.config.warmup))
-        if self.decay:               # linear to a tenth
-            share *= 1 - 0.9 * self.step / self.config.steps
+        share *= 1 - 0.9 * self.decay * self.step / self.config.steps         # to a tenth, linear
         for optimizer in optimizers:
             group = optimizer.param_groups[0]
             group["lr"] = share * group.setdefault("peak", group["lr"])
