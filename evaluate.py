@@ -76,11 +76,12 @@ BOX = re.compile(r"\[" + ",".join([r"\s*(-?\d+(?:\.\d+)?)\s*"] * 4) + r"\]")
 FORMATS = {"tags": re.compile(r"<think>(.+?)</think>\s*<answer>(.+?)</answer>", re.S),
            "boxed": re.compile(r"<think>(.+?)</think>\s*\\boxed\{(.+)\}", re.S)}
 MAX_ANSWER, LARGEST = 400, 10 ** 12  # a longer answer is none, a larger number is only text
-SIGNS = str.maketrans(dict(zip("²³√π−–≈×·⋅÷∘º", "^2 ^3 sqrt pi - - = * * * / ° °".split())))
+PLAIN = "^2 ^3 sqrt pi - - = * * * / ° °".split()
+SIGNS = str.maketrans(dict(zip("²³√π−–≈×·⋅÷∘º", PLAIN)))
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=\d)(?:\\,|\{,\}|,\\!)(?=\d{3})", ","), (r"\\(?:text|math)[a-z]* ?\{([^{}]*)\}", r"\1"),
     (r"\\(?:left|right|[!,;:()\[\] ])| ?\\?\$ ?|~", " "), (r"\\times|\\cdot", "*"), (r"\\div", "/"),
-    (r"^ ?(?:[\\{}∠A-Za-z][\\{}∠A-Za-z ]{,22}\d?)? ?(?:=|\\approx) ?", ""),          # x =, m∠1 =
+    (r"^ ?(?:[\\{}∠A-Za-z][\\{}∠A-Za-z ]{,22}\d?)? ?(?:=|\\approx) ?", ""),   # x =, m∠1 =
     (r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ|\\degree", "°"), (r"arc(?=sin|cos|tan)", "a"),
     (r"\\[dt]?(?=frac|sqrt|pi|a?sin|a?cos|a?tan|%)", ""), (r"frac ?(\d) ?", r"frac{\1}/"),
     (r"\} ?(?=\{)", "}/"), (r"\{", "("), (r"\}", ")"), (r"\^ ?\((\d)\)", r"^\1"),

@@ -33,6 +33,11 @@ def widened(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def up_to(lengths, width=None):
+    """(B,) -> (B, width) True at the first lengths[b] places."""
+    return torch.arange(width or int(lengths.max()), device=lengths.device) < lengths[:, None]
+
+
 def on_cuda(launch):
     """Beside a torch reference: `launch` runs instead on CUDA when no gradient is needed."""
     def beside(reference):
@@ -192,7 +197,7 @@ def decode_attention_triton(q, keys, values, lengths):
 def decode_attention(q, keys, values, lengths):
     """One query per row against the first lengths[r] slots of its cache, heads grouped.
     q (R, H, E); keys, values (R, S, K, E); lengths (R,) -> (R, H, E)."""
-    mask = torch.arange(keys.shape[1], device=q.device) < lengths[:, None]      # (R, S)
+    mask = up_to(lengths, keys.shape[1])            # (R, S)
     q = q.unflatten(1, (keys.shape[2], -1))         # a group of heads is a row of queries
     return F.scaled_dot_product_attention(q, keys.transpose(1, 2), values.transpose(1, 2),
                                           mask[:, None, None]).flatten(1, 2)
@@ -284,7 +289,7 @@ class Rollouts:
 
     @property
     def mask(self):
-        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
+        return up_to(self.lengths, self.ids.shape[1])
 
     def rows(self):
         return [row[:length].tolist() for row, length in zip(self.ids, self.lengths)]

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import data
-from kernels import rms_norm, rotary, token_logprobs
+from kernels import rms_norm, rotary, token_logprobs, up_to
 
 # Fresh layers are the identity, tokens as large as pieces of picture: what attends knows itself.
 SPREAD = dict(embed_tokens=0.6, lm_head=0.02, position_embedding=0.02, o_proj=0.0, down_proj=0.0,
@@ -129,10 +129,10 @@ class Vision(nn.Module):
     """SigLIP: patches and a position table in, one vector a patch out."""
     def __init__(self, c):
         super().__init__()
-        D, self.patches = c.hidden_size, (c.image_size // c.patch_size) ** 2
+        D, patches = c.hidden_size, (c.image_size // c.patch_size) ** 2
         self.embeddings = nn.ModuleDict(dict(
             patch_embedding=nn.Conv2d(3, D, c.patch_size, c.patch_size),
-            position_embedding=nn.Embedding(self.patches, D)))
+            position_embedding=nn.Embedding(patches, D)))
         self.encoder = nn.ModuleDict(dict(
             layers=nn.ModuleList(VisionLayer(c) for _ in range(c.num_hidden_layers))))
         self.post_layernorm = nn.LayerNorm(D, c.layer_norm_eps)
@@ -160,11 +160,6 @@ class Rope(nn.Module):
         angles = positions[:, self.axis] * self.frequency
         angles = torch.cat([angles, angles], -1)
         return angles.cos(), angles.sin()
-
-
-def up_to(lengths, width=None):
-    """(B,) -> (B, width) True at the first lengths[b] places."""
-    return torch.arange(width or int(lengths.max()), device=lengths.device) < lengths[:, None]
 
 
 class Ragged:
@@ -294,8 +289,7 @@ class VLM(nn.Module):
     def __init__(self, raw):
         super().__init__()
         self.raw, self.config = raw, read_config(raw)
-        c, text = self.config, self.config.text
-        self.vocabulary, self.layers = text.vocab_size, text.num_hidden_layers
+        c, text, self.vocabulary = self.config, self.config.text, self.config.text.vocab_size
         self.model = nn.ModuleDict(
             dict(visual=QwenVision(c.vision, text.hidden_size), language_model=Decoder(text))
             if c.qwen else dict(vision_model=Vision(c.vision), text_model=Decoder(text),
@@ -336,7 +330,7 @@ class VLM(nn.Module):
     def run(self, x, positions, ragged, mask=None, past=None):
         """The decoder over embedded tokens x (M, D): causal, or by a mask (B, 1, T, S) after
         `past(layer)` -> hidden states (M, D), cache: L pairs of keys and values (B, T, K, E)."""
-        cache = [None] * self.layers
+        cache = [None] * len(self.text.layers)
 
         def attend(layer, q, k, v, rope):
             q, k, v = (ragged.pad(x) for x in (rotary(q, *rope), rotary(k, *rope), v))
@@ -373,8 +367,8 @@ class VLM(nn.Module):
         prompts: Batch of B; ids (R, N) responses; mask (R, N) True where a token counts
         -> two tensors (R, N), zero where the mask is False. Prompts are read once per group."""
         last = prompts.ids.gather(1, (prompts.lengths - 1)[:, None]).repeat_interleave(group, 0)
-        last = torch.cat([last, ids[:, :-1]], 1)
-        hidden = self.fork(prompts, self(prompts)[1], last, mask, group)       # (M, D)
+        inputs = torch.cat([last, ids[:, :-1]], 1)
+        hidden = self.fork(prompts, self(prompts)[1], inputs, mask, group)     # (M, D)
         logprob, entropy = token_logprobs(hidden, self.lm_head.weight, ids[mask], banned,
                                           temperature)
         place = torch.zeros(ids.shape, dtype=logprob.dtype, device=ids.device)

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 import data
 from evaluate import AskConfig, evaluate, option, read_rows, run_command, run_script, summary
-from kernels import Sampler
+from kernels import Sampler, up_to
 from model import (SIZES, add_lora, check_tensors, fresh, load, read_json, recompute_activations,
-                   save, up_to, write)
+                   save, write)
 
 WEIGHTS = {  # name: w_t from the token's probability p and the entropy there, without gradient
     "nll": lambda p, entropy: torch.ones_like(p),

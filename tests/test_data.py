@@ -269,7 +269,8 @@ LAYOUTS = {     # tool: row, question, answer, response
                   choices=["2", 3]), Q + "\n(A) 2\n(B) 3", "3", COT + THREE),
     "zero": (dict(question="?", answer=0, choices=None), "?", "0", "<answer>0</answer>"),
     "half": (dict(question="?", answer=-0.5, rationale=None), "?", "-0.5", "<answer>-0.5</answer>"),
-    "unicode": (dict(question="«Où» 漢字?", answer="é"), "«Où» 漢字?", "é", "<answer>é</answer>")}
+    "unicode": (dict(question="«Où» 漢字?", answer="é"), "«Où» 漢字?", "é",
+                "<answer>é</answer>")}
 
 
 @pytest.mark.parametrize("tool", LAYOUTS)

@@ -311,6 +311,18 @@ def test_prompt_is_stored(made, tmp_path):
     assert models.load(directory)[1].style == data.PROMPT
 
 
+def test_a_tied_head_may_be_stored(checkpoint):
+    """Some trainers write the head of a tied model too; transformers takes it, and so do we."""
+    directory, theirs = checkpoint("qwen2_vl", True)
+    (directory / "model.safetensors.index.json").unlink()
+    tensors = {name: tensor for path in directory.glob("*.safetensors")
+               for name, tensor in load_file(path).items()}
+    save_file(tensors | {"lm_head.weight": theirs.lm_head.weight.detach().clone()},
+              directory / "model.safetensors")
+    model, _ = models.load(directory)
+    assert model.lm_head.weight is model.text.embed_tokens.weight
+
+
 def test_files_of_other_trainings(checkpoint, tmp_path):
     """Left behind by others: truncation and padding in tokenizer.json, which cut prompts short, and
     pictures' sizes inside processor_config.json, which win over preprocessor_config.json."""

@@ -5,8 +5,10 @@ takes what a user has, and that all of them ask in the same way.
 """
 import json
 import pathlib
+import re
 
 import pytest
+import torch
 
 import data
 import evaluate
@@ -37,6 +39,10 @@ def test_real_data(checkpoint, tmp_path, capsys, name, family):
     sft.main(sft.Config(**common, init=str(start), out=str(tmp_path / "sft"), batch=4,
                         longest_edge=112, system="Be brief.", instruction="Think step by step.",
                         answer_format="boxed", recompute=True, freeze_vision=True))
+    before, after = (models.load(path)[0].state_dict() for path in (start, tmp_path / "sft"))
+    moved = {part for part in before if not torch.equal(before[part], after[part])}
+    assert not [part for part in moved if re.search("vision_model|patch_embed|blocks", part)]
+    assert any(re.search("connector|merger", part) for part in moved)
     grpo.main(grpo.Config(**common, init=str(tmp_path / "sft"), out=str(tmp_path / "grpo"),
                           prompts=3, group=2, lora_rank=2))
     steps = [row for row in metrics(tmp_path / "grpo") if "gap_max" in row]

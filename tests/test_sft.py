@@ -96,6 +96,9 @@ def test_a_second_run_does_not_overwrite_the_first(tmp_path, start):
     assert again.returncode and "already holds a run" in again.stderr
     other = run(command("sft.py", tmp_path, start, "--steps", "1", "--resume", "--lr", "5"))
     assert other.returncode and "--lr: the run in" in other.stderr
+    thrifty = run(command("sft.py", tmp_path, start, "--steps", "1", "--resume", "--recompute",
+                          "--micro-batch", "2"))
+    assert thrifty.returncode == 0, "what cures a lack of memory may change on resume"
 
 
 def test_a_loss_that_is_not_a_number_stops(tmp_path, start):
