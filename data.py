@@ -491,14 +491,17 @@ class Batch:
     pixels: torch.Tensor             # tiles (N, 3, S, S), or Qwen's patches (N, 3 * 2 * 14 * 14)
     grids: torch.Tensor              # (pictures, 2) rows and columns of image tokens, Qwen's alone
 
+    counts: torch.Tensor             # (B, 2) rows of pixels and of grids that belong to a prompt
+
     def to(self, device):
         return Batch(*(value.to(device) for value in vars(self).values()))
 
-    def widen(self, extra):
-        """The same with room for more tokens in every row; positions count on."""
-        more = torch.arange(1, extra + 1, device=self.ids.device)[:, None]
-        positions = torch.cat([self.positions, self.positions[:, -1:] + more], 1)
-        return replace(self, ids=torch.nn.functional.pad(self.ids, (0, extra)), positions=positions)
+    def part(self, start, stop):
+        """Prompts start to stop - 1, with their pictures."""
+        pixels, grids = (slice(n[:start].sum(), n[:stop].sum()) for n in self.counts.T)
+        rows = slice(start, stop)
+        return Batch(self.ids[rows], self.lengths[rows], self.positions[rows], self.pixels[pixels],
+                     self.grids[grids], self.counts[rows])
 
 
 def pad_rows(rows, pad):
@@ -587,10 +590,11 @@ class Processor:
         texts, pixels, grids = zip(*(self.prompt(example) for example in examples))
         ids, lengths = pad_rows([self.encode(text) for text in texts], self.pad)
         positions = torch.stack([rope_positions(*row, self.image) for row in zip(ids, grids)])
+        counts = [[sum(map(len, some)), len(grid)] for some, grid in zip(pixels, grids)]
         arrays = [array for some in pixels for array in some]
         pixels = torch.from_numpy(numpy.concatenate(arrays)) if arrays else torch.zeros(0)
         grids = torch.tensor([grid for some in grids for grid in some]).long().view(-1, 2)
-        return Batch(ids, lengths, positions, pixels, grids)
+        return Batch(ids, lengths, positions, pixels, grids, torch.tensor(counts))
 
     def banned(self, vocabulary):
         """(V,) True for ids that only prompts may hold, and for ids without a token."""

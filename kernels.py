@@ -84,7 +84,7 @@ if triton:
         return load(x + at, inside) * load(cos + angle, inside) + turned * load(sin + angle, inside)
 
     @triton.jit
-    def rotary_cache_kernel(q, k, v, cos, sin, keys, values, slots, out, room, H, K, E,
+    def rotary_cache_kernel(q, k, v, cos, sin, keys, values, slots, out, room, G, H, K, E,
                             BLOCK: tl.constexpr):
         row, head, at = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
         if head < H:
@@ -92,54 +92,95 @@ if triton:
             tl.store(out + q_at + at, rotated(q + q_at, cos, sin, row, E, BLOCK), at < E)
         else:
             k_at = (row * K + head - H) * E
-            slot = ((row * room + tl.load(slots + row)) * K + head - H) * E + at
+            slot = ((row // G * room + tl.load(slots + row)) * K + head - H) * E + at
             tl.store(keys + slot, rotated(k + k_at, cos, sin, row, E, BLOCK), at < E)
             tl.store(values + slot, load(v + k_at + at, at < E), at < E)
 
     @triton.jit
-    def decode_attention_kernel(q, keys, values, lengths, out, room, scale, K, PER, E,
-                                HEADS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-        row, k_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        head, e, at = tl.arange(0, HEADS)[:, None], tl.arange(0, WIDTH)[None], tl.arange(0, 64)
-        q_at = ((row * K + k_head) * PER + head) * E + e
-        query = load(q + q_at, (head < PER) & (e < E))
-        best, total = tl.full((HEADS, 1), -1e30, tl.float32), tl.zeros((HEADS, 1), tl.float32)
-        mixed, length = tl.zeros((HEADS, WIDTH), tl.float32), tl.load(lengths + row)
-        for start in range(0, length, 64):
+    def swiglu_kernel(gate, up, out, size):
+        at = tl.program_id(0).to(tl.int64) * 1024 + tl.arange(0, 1024)
+        g = load(gate + at, at < size)
+        g = (g * tl.sigmoid(g)).to(out.dtype.element_ty)
+        tl.store(out + at, g * load(up + at, at < size), at < size)
+
+    @triton.jit
+    def decode_attention_kernel(q, keys, values, seen, ends, parts, sums, room, scale, share, rows,
+                                G, K, PER, E, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+                                SLOTS: tl.constexpr, PRECISION: tl.constexpr):
+        """ROWS queries of a group against `share` slots of the cache that they share."""
+        b, k_head = tl.program_id(0).to(tl.int64) // K, tl.program_id(0) % K
+        query, e = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)[None]
+        member, split, at = query // PER, tl.program_id(2), tl.arange(0, SLOTS)
+        head = ((b * G + member) * K + k_head) * PER + query % PER         # among all R * H
+        there = (member < G)[:, None] & (e < E)
+        asked = load(q + head[:, None] * E + e, there)
+        best, total = tl.full((ROWS, 1), -1e30, tl.float32), tl.zeros((ROWS, 1), tl.float32)
+        mixed, end = tl.zeros((ROWS, WIDTH), tl.float32), tl.load(ends + b)
+        for start in range(split * share, tl.minimum(end, (split + 1) * share), SLOTS):
             slot = start + at
-            cache = ((row * room + slot[:, None]) * K + k_head) * E + e
-            inside = (slot[:, None] < length) & (e < E)
-            key, value = load(keys + cache, inside), load(values + cache, inside)
-            score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-            score = tl.where(slot[None] < length, score, -1e30)
+            cache, inside = ((b * room + slot[:, None]) * K + k_head) * E + e, slot[:, None] < end
+            key, value = (load(keys + cache, inside & (e < E)), load(values + cache,
+                                                                     inside & (e < E)))
+            look = (b * G + member[:, None]) * room + slot[None]
+            look = tl.load(seen + look, (member < G)[:, None] & (slot < end)[None], 0) != 0
+            score = tl.dot(asked, tl.trans(key), input_precision=PRECISION) * scale
+            score = tl.where(look, score, -1e30)
             higher = tl.maximum(best, tl.max(score, 1, keep_dims=True))
             part, shrink = tl.exp(score - higher), tl.exp(best - higher)
             mixed = mixed * shrink + tl.dot(part, value, input_precision=PRECISION)
             total = total * shrink + tl.sum(part, 1, keep_dims=True)
             best = higher
-        tl.store(out + q_at, mixed / total, (head < PER) & (e < E))
+        head += split * rows
+        tl.store(parts + head[:, None] * E + e, mixed / tl.maximum(total, 1e-30), there)
+        tl.store(sums + head[:, None], best + tl.log(tl.maximum(total, 1e-30)), member[:, None] < G)
 
     @triton.jit
-    def sample_kernel(logits, banned, scale, noise, keys, tokens, logprobs, vocabulary):
-        row, at = tl.program_id(0).to(tl.int64), tl.arange(0, 4096)
-        key, factor, loud = tl.load(keys + row), tl.load(scale), tl.load(noise)
-        best, token, top, total = -float("inf"), 0, -1e30, 0.0
-        logits += row * vocabulary
-        for start in range(0, vocabulary, 4096):
-            word = start + at
-            logit = load(logits + word, word < vocabulary) * factor
-            logit = tl.where(tl.load(banned + word, word < vocabulary, 1) != 0, -1e30, logit)
-            higher = tl.maximum(top, tl.max(logit, 0))
-            total = total * tl.exp(top - higher) + tl.sum(tl.exp(logit - higher), 0)
-            top = higher
-            bits = mix_kernel(key ^ mix_kernel(word)) >> 9 & 0x7FFFFF
+    def merge_kernel(parts, sums, out, rows, splits, E, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
+        """One head's parts, each weighted by the sum of its exponentials."""
+        head, e = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)[None]
+        split = tl.arange(0, SPLITS)[:, None]
+        weight = tl.load(sums + split * rows + head, split < splits, -1e30)
+        weight = tl.exp(weight - tl.max(weight, 0, keep_dims=True))
+        at, there = (split * rows + head) * E + e, (split < splits) & (e < E)
+        mixed = tl.sum(weight * load(parts + at, there), 0, keep_dims=True)
+        tl.store(out + head * E + e, mixed / tl.sum(weight, 0, keep_dims=True), e < E)
+
+    @triton.jit
+    def sample_kernel(hidden, weight, banned, scale, noise, keys, tokens, figures, rows, width,
+                      vocabulary, share, ROWS: tl.constexpr, PRECISION: tl.constexpr):
+        """ROWS rows over `share` words: the head, the ban, the noise, the best, its logit, the sum
+        of all exponentials. Logits never leave the chip."""
+        row, at, split = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, 64), 0
+        split, inside = tl.program_id(1), row < rows
+        key, factor, loud = tl.load(keys + row, inside, 0), tl.load(scale), tl.load(noise)
+        best, top = tl.full((ROWS,), -float("inf"), tl.float32), tl.full((ROWS,), -1e30, tl.float32)
+        token, said, total = tl.zeros((ROWS,), tl.int32), top, tl.zeros((ROWS,), tl.float32)
+        for start in range(split * share, tl.minimum((split + 1) * share, vocabulary), 64):
+            word, logit = start + at, tl.zeros((ROWS, 64), tl.float32)
+            for chunk in range(0, width, 64):
+                e = chunk + at
+                h = tl.load(hidden + row[:, None].to(tl.int64) * width + e[None],
+                            inside[:, None] & (e < width)[None], 0.0)
+                w = tl.load(weight + word[None].to(tl.int64) * width + e[:, None],
+                            (word < vocabulary)[None] & (e < width)[:, None], 0.0)
+                logit = tl.dot(h, w, logit, input_precision=PRECISION)
+            free = tl.load(banned + word, word < vocabulary, 1) == 0
+            logit = tl.where(free[None], logit * factor, -1e30)
+            higher = tl.maximum(top, tl.max(logit, 1))
+            total = total * tl.exp(top - higher) + tl.sum(tl.exp(logit - higher[:, None]), 1)
+            bits = mix_kernel(key[:, None] ^ mix_kernel(word)[None]) >> 9 & 0x7FFFFF
             uniform = (bits.to(tl.float32) + 0.5) * 2 ** -23
             score = logit - loud * tl.log(-tl.log(uniform))
-            peak = tl.max(score, 0)
-            token = tl.where(peak > best, start + tl.argmax(score, 0), token)
+            peak, first, top = tl.max(score, 1), tl.argmax(score, 1), higher
+            there = tl.sum(tl.where(at[None] == first[:, None], logit, 0.0), 1)
+            token, said = tl.where(peak > best, start + first, token), tl.where(peak > best, there,
+                                                                               said)
             best = tl.maximum(best, peak)
-        tl.store(tokens + row, token)
-        tl.store(logprobs + row, load(logits + token, token >= 0) * factor - top - tl.log(total))
+        out, size = split * rows + row, tl.num_programs(1) * rows
+        tl.store(tokens + out, token, inside)
+        tl.store(figures + out, best, inside)
+        tl.store(figures + size + out, said, inside)
+        tl.store(figures + 2 * size + out, top + tl.log(total), inside)
 
 
 def rms_norm_triton(x, delta, weight, eps):
@@ -170,37 +211,55 @@ def rotary_cache_triton(q, k, v, cos, sin, keys, values, slots):
     q, k, v, cos, sin = (x.contiguous() for x in (q, k, v, cos, sin))
     (rows, H, E), K, out = q.shape, k.shape[1], torch.empty_like(q)
     room = keys.stride(0) // keys.stride(1)          # of a window: that of its whole cache
-    rotary_cache_kernel[(rows, H + K)](q, k, v, cos, sin, keys, values, slots, out, room, H, K, E,
-                                       triton.next_power_of_2(E))
+    rotary_cache_kernel[(rows, H + K)](q, k, v, cos, sin, keys, values, slots, out, room,
+                                       rows // len(keys), H, K, E, triton.next_power_of_2(E))
     return out
 
 
 @on_cuda(rotary_cache_triton)
 def rotary_cache(q, k, v, cos, sin, keys, values, slots):
-    """Rotates q and k, and writes k and v of each row r to its slot in the cache.
-    q (R, H, E); k, v (R, K, E); cos, sin (R, E); keys, values (R, S, K, E); slots (R,)."""
-    rows = torch.arange(len(q), device=q.device)
-    keys[rows, slots], values[rows, slots] = rotary(k, cos, sin), v
+    """Rotates q and k, and writes k and v of row r to its slot in the cache of its group, r // G.
+    q (R, H, E); k, v (R, K, E); cos, sin (R, E); keys, values (R / G, S, K, E); slots (R,)."""
+    group = torch.arange(len(q), device=q.device) // (len(q) // len(keys))
+    keys[group, slots], values[group, slots] = rotary(k, cos, sin), v
     return rotary(q, cos, sin)
 
 
-def decode_attention_triton(q, keys, values, lengths):
-    (rows, H, E), K, out = q.shape, keys.shape[2], torch.empty_like(q)
-    heads, width = (max(16, triton.next_power_of_2(n)) for n in (H // K, E))
-    decode_attention_kernel[(rows, K)](
-        q, keys, values, lengths, out, keys.stride(0) // keys.stride(1), E ** -0.5, K, H // K, E,
-        heads, width, "ieee" if q.dtype == torch.float32 else "tf32")      # bf16 is exact in tf32
+def decode_attention_triton(q, keys, values, seen, ends):
+    (rows, H, E), (B, room, K, _), G, out = q.shape, keys.shape, seen.shape[1], torch.empty_like(q)
+    splits, queries, wide = min(8, triton.cdiv(room, 256)), G * H // K, q.dtype == torch.float32
+    size, width = (max(16, triton.next_power_of_2(n)) for n in (min(queries, 16 if wide else 32), E))
+    parts, sums = (torch.empty(splits, rows * H, n, device=q.device) for n in (E, 1))
+    decode_attention_kernel[(B * K, triton.cdiv(queries, size), splits)](
+        q, keys, values, seen, ends, parts, sums, keys.stride(0) // keys.stride(1), E ** -0.5,
+        triton.cdiv(room, 64 * splits) * 64, rows * H, G, K, H // K, E, size, width,
+        min(64, 4096 // width), "ieee" if wide else "tf32", num_warps=8)                         # bf16 is exact in tf32
+    merge_kernel[(rows * H,)](parts, sums, out, rows * H, splits, E, 8, width)
     return out
 
 
 @on_cuda(decode_attention_triton)
-def decode_attention(q, keys, values, lengths):
-    """One query per row against the first lengths[r] slots of its cache, heads grouped.
-    q (R, H, E); keys, values (R, S, K, E); lengths (R,) -> (R, H, E)."""
-    mask = up_to(lengths, keys.shape[1])            # (R, S)
-    q = q.unflatten(1, (keys.shape[2], -1))         # a group of heads is a row of queries
-    return F.scaled_dot_product_attention(q, keys.transpose(1, 2), values.transpose(1, 2),
-                                          mask[:, None, None]).flatten(1, 2)
+def decode_attention(q, keys, values, seen, ends):
+    """The rollouts of a group, one query each, against the cache of the group. q (B * G, H, E);
+    keys, values (B, S, K, E); seen (B, G, S): who may look where, before ends (B,) alone."""
+    G, K = seen.shape[1], keys.shape[2]             # a group's heads are rows of queries
+    q = q.unflatten(0, (-1, G)).unflatten(2, (K, -1)).transpose(1, 2)       # (B, K, G, H / K, E)
+    mask = seen.repeat_interleave(q.shape[3], 1)[:, None]
+    out = F.scaled_dot_product_attention(q.flatten(2, 3), keys.transpose(1, 2),
+                                         values.transpose(1, 2), mask)
+    return out.view(q.shape).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def swiglu_triton(gate, up):
+    gate, up, out = gate.contiguous(), up.contiguous(), torch.empty_like(gate)
+    swiglu_kernel[(triton.cdiv(gate.numel(), 1024),)](gate, up, out, gate.numel())
+    return out
+
+
+@on_cuda(swiglu_triton)
+def swiglu(gate, up):
+    """silu(gate) * up, of one shape."""
+    return F.silu(gate) * up
 
 
 def gumbel(keys, vocabulary):
@@ -210,19 +269,26 @@ def gumbel(keys, vocabulary):
     return -torch.log(-torch.log((bits.float() + 0.5) * 2 ** -23))       # of neither 0 nor 1
 
 
-def sample_triton(logits, banned, scale, noise, keys):
-    (rows, vocabulary), logits = logits.shape, logits.contiguous()
-    tokens, logprobs = (logits.new_empty(rows, dtype=kind) for kind in (torch.long, torch.float32))
-    sample_kernel[(rows,)](logits, banned, scale, noise, keys, tokens, logprobs, vocabulary)
-    return tokens, logprobs
+def sample_triton(hidden, weight, banned, scale, noise, keys):
+    (rows, width), vocabulary = hidden.shape, len(weight)
+    splits, wide = triton.cdiv(vocabulary, 1024), hidden.dtype == torch.float32
+    size = max(16, triton.next_power_of_2(min(rows, 16 if wide else 64)))
+    tokens = torch.empty(splits, rows, dtype=torch.int32, device=hidden.device)
+    best, said, sums = figures = torch.empty(3, splits, rows, device=hidden.device)
+    sample_kernel[(triton.cdiv(rows, size), splits)](
+        hidden, weight, banned, scale, noise, keys, tokens, figures, rows, width, vocabulary, 1024,
+        size, "ieee" if wide else "tf32", num_warps=8)
+    winner = best.argmax(0, keepdim=True)
+    tokens, said = (x.gather(0, winner)[0] for x in (tokens, said))
+    return tokens.long(), said - sums.logsumexp(0)
 
 
 @on_cuda(sample_triton)
-def sample(logits, banned, scale, noise, keys):
-    """Draws from softmax(scale * logits) without banned ids, by Gumbel arg-max in fp32. logits
-    (R, V); scale 1/T, noise 1, or 1, 0 to be greedy; keys (R,) int32 -> tokens, log-probs (R,)."""
-    logits = (logits.float() * scale).masked_fill(banned, NEGATIVE)
-    tokens = (logits + noise * gumbel(keys, logits.shape[1])).argmax(-1)
+def sample(hidden, weight, banned, scale, noise, keys):
+    """Draws from softmax(scale * h Wᵀ) without banned ids, by Gumbel arg-max in fp32. hidden (R, D);
+    weight (V, D); scale 1/T, noise 1, or 1, 0 to be greedy; keys (R,) int32 -> tokens, log-probs."""
+    logits = ((hidden @ weight.T).float() * scale).masked_fill(banned, NEGATIVE)
+    tokens = (logits + noise * gumbel(keys, len(weight))).argmax(-1)
     return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
@@ -296,19 +362,27 @@ class Rollouts:
 
 
 class Sampler:
-    """Prompts in, rollouts out: a static cache, per-row lengths, one `step` over fixed buffers that
-    CUDA captures. banned (V,): never sampled. With another `dtype` it samples from copied weights,
-    which `refresh` updates in place. A row's randomness depends on (seed of its prompt, place in
-    its group, token index) alone, not on other rows, batch size or device."""
-    def __init__(self, model, banned, stop, dtype=None, capture=True):
+    """Prompts in, rollouts out: fixed buffers and one `step` over them, which CUDA captures.
+
+    A group lives in one place of the cache: its prompt, then token t of member g in slot
+    start + t * G + g; `seen` says who may look where. So a prompt is held once, and all heads of a
+    group are one matrix. Places whose group has ended take the next prompts (in-flight batching).
+
+    banned (V,): never sampled. With another `dtype` it samples from copied weights, which `refresh`
+    updates in place. At most `rows` rollouts at once, or as many as 1,000 tokens each in 4 GiB
+    hold. A row's randomness depends on (seed of its prompt, member, token index) alone, not on
+    other rows, batch size or device."""
+    def __init__(self, model, banned, stop, dtype=None, capture=True, rows=256):
         self.source = self.model = model
         if dtype not in (None, next(model.parameters()).dtype):
             self.model = copy.deepcopy(model).requires_grad_(False)
             for weight in filter(torch.is_floating_point, self.model.parameters()):
                 weight.data = weight.data.to(dtype)      # not the buffers: rope needs fp32
-        self.device, self.stop = next(model.parameters()).device, stop
+        head, c = model.lm_head.weight, model.config.text
+        token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * head.element_size()
+        self.rows, self.stop, self.device = min(rows, 2 ** 32 // (1000 * token)), stop, head.device
         self.capture, self.banned = capture and self.device.type == "cuda", banned.to(self.device)
-        self.room, self.graph = 0, None
+        self.shape, self.start, self.graph = (0, 0, 0), 0, None
 
     @torch.no_grad()
     def refresh(self):
@@ -316,68 +390,105 @@ class Sampler:
         for mine, theirs in zip(self.model.parameters(), self.source.parameters()):
             mine.copy_(theirs)
 
-    def start(self, prompts, group, new_tokens, temperature, seeds):
-        """Reads each prompt once, forks its cache, sets every buffer, in place where they fit."""
-        (B, width), zeros = prompts.ids.shape, prompts.ids.new_zeros
-        room, rows = (width + new_tokens + 31) // 32 * 32, B * group
-        last = torch.arange(B, device=self.device), prompts.lengths - 1
-        counters = torch.stack([last[1], prompts.positions[..., 0][last], zeros(B)])
-        seeds = last[0] if seeds is None else seeds.to(self.device)
-        member = torch.arange(group, dtype=torch.int32, device=self.device)
-        buffers = dict(
-            token=prompts.ids[last].repeat_interleave(group),
-            counters=counters.repeat_interleave(group, 1),       # cache slot, position, new tokens
-            stream=mix(mix(seeds.int())[:, None] ^ mix(member + 0x5EED)).flatten(),
-            heat=torch.tensor([1 / (temperature or 1), temperature > 0], device=self.device),
-            done=zeros(rows, dtype=torch.bool),
-            ids=zeros(rows, new_tokens + 1),                     # the last column takes what
-            logprobs=zeros(rows, new_tokens + 1, dtype=torch.float32))     # done rows go on to draw
+    def reserve(self, places, group, new_tokens, width):
+        """Buffers for so many groups, kept where they fit. Nobody is in there yet."""
+        if places > self.shape[0] or self.shape[1:] != (group, new_tokens) or width > self.start:
+            self.shape, self.start, self.graph = (places, group, new_tokens), -(-width // 8) * 8, None
+            c, like = self.model.config.text, self.model.lm_head.weight
+            room, rows = self.start + (new_tokens + 1) * group, places * group
+            self.cache = like.new_zeros(c.num_hidden_layers, 2, places, room, c.num_key_value_heads,
+                                        c.head_dim)
+            flag, zeros = torch.bool, functools.partial(torch.zeros, device=self.device)
+            self.seen, self.done = zeros(places, group, room, dtype=flag), zeros(rows, dtype=flag)
+            self.token, self.slot, self.position, self.clock, self.length, self.stream = (
+                zeros(rows, dtype=kind) for kind in [torch.long] * 5 + [torch.int32])
+            self.ids = zeros(rows, new_tokens + 1, dtype=torch.long)      # the last column takes
+            self.logprobs = zeros(rows, new_tokens + 1)                   # what follows the end
+            self.heat = zeros(2)
+        self.done.fill_(True)
+
+    def admit(self, prompts, places, seeds):
+        """Reads prompts; the rollouts of each start in its place, with its last token."""
+        prompts, seeds = prompts.to(self.device), seeds.to(self.device).int()
+        (count, width), G = prompts.ids.shape, self.shape[1]
+        last, step = torch.arange(count, device=self.device), torch.arange(G, device=self.device)
+        last = last, prompts.lengths - 1
         cache = torch.stack([torch.stack(pair) for pair in self.model(prompts)[1]])
-        if room > self.room or self.ids.shape != buffers["ids"].shape:
-            empty = cache.new_zeros(*cache.shape[:2], rows, room, *cache.shape[4:])
-            vars(self).update(buffers, cache=empty, room=room, graph=None)
-        for name, value in buffers.items():
-            vars(self)[name].copy_(value)
-        self.cache.unflatten(2, (B, group))[:, :, :, :, :width] = cache[:, :, :, None]
+        self.cache[:, :, places, :width] = cache.to(self.cache.dtype)
+        self.seen[places] = False
+        self.seen[places, :, :width] = up_to(last[1], width)[:, None]
+        for buffer, value in (
+                (self.token, prompts.ids[last][:, None]), (self.slot, self.start + step),
+                (self.position, prompts.positions[..., 0][last][:, None]), (self.clock, 0),
+                (self.length, 0), (self.done, False), (self.ids, 0), (self.logprobs, 0.0),
+                (self.stream, mix(mix(seeds)[:, None] ^ mix(step.int() + 0x5EED)))):
+            buffer.unflatten(0, (-1, G))[places] = torch.as_tensor(value, device=self.device)
 
     def step(self, window):
-        """One token a row, within a window of cache slots. Done rows write behind their end."""
-        slot, position, count = self.counters
+        """One token a row, within a window of slots. What follows a row's end is kept nowhere."""
+        (places, G, N), slots = self.shape, self.slot.view(len(self.seen), -1)
+        self.seen.scatter_(2, slots[..., None], True)
+        ends = slots[:, -1] + 1
 
         def attend(layer, q, k, v, rope):
             keys, values = self.cache[layer, :, :, :window]
-            q = rotary_cache(q, k, v, *rope, keys, values, slot)
-            return decode_attention(q, keys, values, slot + 1)
+            q = rotary_cache(q, k, v, *rope, keys, values, self.slot)
+            return decode_attention(q, keys, values, self.seen[:, :, :window], ends)
 
         text = self.model.text
-        logits = self.model.lm_head(text(text.embed_tokens(self.token), position, attend))
-        key = mix(self.stream ^ mix(count.int()))
-        token, logprob = sample(logits, self.banned, *self.heat.split(1), key)
-        here = count.masked_fill(self.done, self.ids.shape[1] - 1)[:, None]
-        self.ids.scatter_(1, here, token[:, None])
-        self.logprobs.scatter_(1, here, logprob[:, None])
+        hidden = text(text.embed_tokens(self.token), self.position, attend)
+        token, logprob = sample(hidden, self.model.lm_head.weight, self.banned,
+                                *self.heat.split(1), mix(self.stream ^ mix(self.clock.int())))
+        self.ids.scatter_(1, self.clock[:, None], token.masked_fill(self.done, 0)[:, None])
+        self.logprobs.scatter_(1, self.clock[:, None], logprob.masked_fill(self.done, 0)[:, None])
         self.token.copy_(torch.where(self.done, self.token, token))
-        self.counters += ~self.done
-        self.done |= (token == self.stop) | (count == self.ids.shape[1] - 1)
+        self.length += ~self.done
+        self.done |= (token == self.stop) | (self.clock >= N - 1)
+        more = (self.clock < N).long()
+        self.clock += more
+        self.position += more
+        self.slot += more * G
+
+    def advance(self):
+        """The step, replayed once it is captured; the first one has compiled the kernels."""
+        if self.graph:
+            return self.graph.replay()
+        on_gpu = self.device.type == "cuda"
+        self.step(self.cache.shape[3] if on_gpu else int(self.slot.max()) + 1)
+        if self.capture:
+            self.graph = torch.cuda.CUDAGraph()          # capturing computes nothing
+            with torch.cuda.graph(self.graph):
+                self.step(self.cache.shape[3])
 
     @torch.no_grad()
     def generate(self, prompts, group=1, new_tokens=48, temperature=1.0, seeds=None):
         """Batch of B prompts -> Rollouts of B * group rows. temperature 0 is greedy.
         seeds (B,): one per prompt; the same seed gives the same rollouts in any company."""
-        self.start(prompts.to(self.device), group, new_tokens, temperature, seeds)
-        for count in range(1, new_tokens + 1):
-            if self.graph:
-                self.graph.replay()
-            else:
-                self.step(prompts.ids.shape[1] + count)
-            if self.capture and not self.graph:      # the first step has compiled the kernels;
-                self.graph = torch.cuda.CUDAGraph()  # capturing computes nothing
-                with torch.cuda.graph(self.graph):
-                    self.step(self.room)
-            if (count % 16 == 0 or not self.capture) and self.done.all():     # waits for a GPU
-                break
-        return Rollouts(self.ids[:, :-1].clone(), self.counters[2].clone(),
-                        self.logprobs[:, :-1].clone(), self.token == self.stop)
+        (B, width), taken = prompts.ids.shape, 0
+        seeds = torch.arange(B) if seeds is None else seeds
+        self.reserve(min(B, max(1, self.rows // group)), group, new_tokens, width)
+        self.heat.copy_(torch.tensor([1 / (temperature or 1), temperature > 0]))
+        names = ("ids", "logprobs", "length", "token")
+        kept = [getattr(self, name).new_zeros(B, group, *getattr(self, name).shape[1:])
+                for name in names]
+        owner = torch.full((self.shape[0],), -1)         # the prompt that is in each place
+        while True:
+            idle = self.done.view(-1, group).all(1).cpu()                 # waits for a GPU
+            if idle.all() or taken < B and 4 * idle.sum() >= len(idle):
+                ended = (idle & (owner >= 0)).nonzero()[:, 0]
+                for name, whole in zip(names, kept):
+                    whole[owner[ended]] = getattr(self, name).unflatten(0, (-1, group))[ended]
+                owner[ended] = -1
+                if taken == B and idle.all():
+                    break
+                free = idle.nonzero()[:B - taken, 0]
+                owner[free] = torch.arange(taken, taken + len(free))
+                self.admit(prompts.part(taken, taken + len(free)), free, seeds[owner[free]])
+                taken += len(free)
+            for _ in range(16 if self.device.type == "cuda" else 1):
+                self.advance()
+        ids, logprobs, lengths, token = (whole.flatten(0, 1) for whole in kept)
+        return Rollouts(ids[:, :-1], lengths, logprobs[:, :-1], token == self.stop)
 
 
 # ----------------------------------------------------------------------------------- measuring

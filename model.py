@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import data
-from kernels import rms_norm, rotary, token_logprobs, up_to
+from kernels import rms_norm, rotary, swiglu, token_logprobs, up_to
 
 # Fresh layers are the identity, tokens as large as pieces of picture: what attends knows itself.
 SPREAD = dict(embed_tokens=0.6, lm_head=0.02, position_embedding=0.02, o_proj=0.0, down_proj=0.0,
@@ -105,7 +105,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(wide, D, bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class VisionLayer(nn.Module):

@@ -3,6 +3,7 @@
 `checkpoint` makes what cannot be downloaded here: tiny random checkpoints of the public families,
 written by transformers, with a tokenizer that has the families' special tokens.
 """
+import dataclasses
 import json
 import os
 import pathlib
@@ -16,6 +17,24 @@ sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bf16_in_the_interpreter():
+    """Triton's interpreter keeps bf16 as integers, and its dot multiplies these: widen them."""
+    try:
+        from triton import language
+        from triton.runtime.interpreter import InterpreterBuilder as Builder
+    except ImportError:
+        return
+    dot = Builder.create_dot
+
+    def widened(self, a, b, *rest):
+        a, b = (self.cast_impl(x, language.float32) if x.dtype.scalar == language.bfloat16 else x
+                for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    Builder.create_dot = widened
 
 QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                "<|image_pad|>"]
@@ -60,6 +79,14 @@ def qwen2_5_vl(*some):
 
 
 FAMILIES = dict(idefics3=idefics3, qwen2_vl=qwen2_vl, qwen2_5_vl=qwen2_5_vl)
+
+
+def widen(batch, extra):
+    """The same batch with room for more tokens in every row; positions count on."""
+    more = torch.arange(1, extra + 1, device=batch.ids.device)[:, None]
+    positions = torch.cat([batch.positions, batch.positions[:, -1:] + more], 1)
+    return dataclasses.replace(batch, ids=torch.nn.functional.pad(batch.ids, (0, extra)),
+                               positions=positions)
 
 
 @pytest.fixture(scope="session")

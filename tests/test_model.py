@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, widen
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -195,7 +195,7 @@ def plain_score(model, processor, examples, ids, mask, group):
     for r in range(len(ids)):
         batch = processor.batch([examples[r // group]])
         width, answer = batch.ids.shape[1], ids[r][mask[r]]
-        batch = batch.widen(len(answer))
+        batch = widen(batch, len(answer))
         batch.ids[0, width:], batch.lengths = answer, batch.lengths + len(answer)
         logp = model.lm_head(model(batch)[0])[0, width - 1:-1].log_softmax(-1)
         rows.append(logp.gather(1, answer[:, None])[:, 0])
