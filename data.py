@@ -7,9 +7,11 @@ import functools
 import io
 import json
 import math
+import os
 import pathlib
 import random
 import re
+import signal
 import zlib
 from collections import namedtuple
 from dataclasses import dataclass, field, replace
@@ -18,7 +20,9 @@ import numpy
 import torch
 from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import DataLoader
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")             # its threads would not fork
 Image.MAX_IMAGE_PIXELS = 16_000_000  # Pillow refuses to decode more than twice as many
 IMAGE = "<image>"
 LANCZOS = Image.Resampling.LANCZOS
@@ -529,6 +533,11 @@ def rope_positions(ids, grids, image):
 PROMPT = dict(system="", instruction="", answer_format="tags", longest_edge=0)
 
 
+def stay(_):
+    """A worker lives through Ctrl-C, so that the step that it works for can end and be saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Processor:
     """All that stands between text and ids for one checkpoint; here SmolVLM's and Idefics3's.
     files: {name: text}, what other programs read of it; kept as it came."""
@@ -595,6 +604,15 @@ class Processor:
         pixels = torch.from_numpy(numpy.concatenate(arrays)) if arrays else torch.zeros(0)
         grids = torch.tensor([grid for some in grids for grid in some]).long().view(-1, 2)
         return Batch(ids, lengths, positions, pixels, grids, torch.tensor(counts))
+
+    def prepare(self, examples):
+        """All that a step needs of its examples: themselves, their prompts, their responses' ids."""
+        return examples, self.batch(examples), [self.response_ids(e.response) for e in examples]
+
+    def ahead(self, examples, batches):
+        """Iterates over `prepare` of each batch of indices, made ahead of time by workers."""
+        return DataLoader(examples, batch_sampler=batches, collate_fn=self.prepare,
+                          num_workers=min(4, 1 + os.cpu_count() // 4), worker_init_fn=stay)
 
     def banned(self, vocabulary):
         """(V,) True for ids that only prompts may hold, and for ids without a token."""

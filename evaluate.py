@@ -276,15 +276,14 @@ def summaries(rows):
 def evaluate(sampler, processor, examples, split="", samples=1, temperature=0.0, new_tokens=48,
              seed=0):
     """Answers and grades every example -> rows, one for each answer, in order."""
-    c = sampler.model.config.text        # as many rows at once as 1,000 tokens each in 1 GiB hold
-    fit = 2 ** 20 // (4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim)
-    rows, size = [], max(1, min(256, fit) // samples)
-    for start in tqdm(range(0, len(examples), size), split, leave=False, disable=None):
-        batch = processor.batch(examples[start:start + size])
-        seeds = torch.arange(start, start + len(batch.ids)) + seed * 1_000_003
+    rows, size = [], max(1, 256 // samples)
+    batches = torch.arange(len(examples)).split(size)
+    ahead = processor.ahead(examples, [places.tolist() for places in batches])
+    for places, (some, batch, _) in zip(tqdm(batches, split, leave=False, disable=None), ahead):
+        seeds = places + seed * 1_000_003
         rollouts = sampler.generate(batch, samples, new_tokens, temperature, seeds)
         for r, ids in enumerate(rollouts.rows()):
-            example, response = examples[start + r // samples], processor.decode(ids)
+            example, response = some[r // samples], processor.decode(ids)
             rows.append(dict(
                 id=example.id, split=split, family=example.family, prompt=example.question,
                 prompt_ids=batch.ids[r // samples, :batch.lengths[r // samples]].tolist(),

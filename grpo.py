@@ -18,7 +18,7 @@ import torch
 import data
 from evaluate import grade, mean, option, run_script
 from model import LoRA
-from sft import Run, RunConfig, pick, pieces, starting_model
+from sft import Run, RunConfig, pieces, starting_model
 
 GRPO = dict(advantage="group", ratio="token", clip="ppo", clip_low=0.2, clip_high=0.2,
             dual_clip=0.0, aggregation="sequence", kl="k3", beta=0.01, filter="keep",
@@ -59,6 +59,11 @@ class Config(RunConfig):
     group: int = option(8, "rollouts per question", least=2)
     minibatches: int = option(1, "optimizer steps per rollout", least=1)
     temperature: float = option(1.0, "of sampling, in the loss too", least=1e-3)
+
+    def __post_init__(self):
+        for name, value in ALGORITHMS[self.algorithm].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
 
 def reward(response, length, example, answer_format, c):
@@ -127,13 +132,13 @@ def token_loss(logprob, old, sampled, reference, advantage, mask, c):
     return loss
 
 
-def rollout(run, examples, step):
+def rollout(run, examples, prompts, step):
     """Samples and rewards -> Rollouts, mask of the loss (R, N), advantage (R, 1), figures."""
     c, begin = run.config, time.perf_counter()
     run.sampler.refresh()
     seeds = (torch.arange(c.prompts) + c.prompts * (step + 1_000_003 * c.seed)) % 2 ** 31
-    rollouts = run.sampler.generate(run.processor.batch(examples), c.group, c.max_new_tokens,
-                                    c.temperature, seeds[:len(examples)])
+    rollouts = run.sampler.generate(prompts, c.group, c.max_new_tokens, c.temperature,
+                                    seeds[:len(examples)])
     seconds, answer_format = time.perf_counter() - begin, run.processor.style["answer_format"]
     graded = [reward(run.processor.decode(ids), len(ids), examples[r // c.group], answer_format, c)
               for r, ids in enumerate(rollouts.rows())]
@@ -154,10 +159,10 @@ def rollout(run, examples, step):
     return rollouts, mask, advantage.flatten()[:, None].to(c.device), figures
 
 
-def update(run, reference, examples, rollouts, mask, advantage):
+def update(run, reference, examples, prompts, rollouts, mask, advantage):
     """One optimizer step for each minibatch -> figures over all tokens of the rollouts."""
     c, sampled, counted = run.config, rollouts.logprobs, []
-    steps = [[(run.processor.batch(examples[i:j]).to(c.device), slice(i * c.group, j * c.group))
+    steps = [[(prompts.part(i, j).to(c.device), slice(i * c.group, j * c.group))
               for i, j in pieces(start, stop, c.micro_batch)]
              for start, stop in pieces(0, len(examples), -(-len(examples) // c.minibatches))]
 
@@ -197,9 +202,6 @@ def update(run, reference, examples, rollouts, mask, advantage):
 
 
 def main(c):
-    for name, value in ALGORITHMS[c.algorithm].items():
-        if getattr(c, name) is None:
-            setattr(c, name, value)
     c.out = c.out or "runs/grpo"
     model, processor = starting_model(c, small=5e-4, published=1e-6)
     reference = None if c.lora_rank else copy.deepcopy(model).requires_grad_(False)
@@ -207,12 +209,11 @@ def main(c):
     examples = data.load_dataset(c.data, "train", limit, c.skip_bad_rows)
     run = Run(c, model, processor, decay=False)
 
-    def one_step(step):
-        some = [examples[i] for i in pick(len(examples), c.prompts, step, c.seed)]
-        *experience, figures = rollout(run, some, step)
-        return figures | update(run, reference, some, *experience)
+    def one_step(step, some, prompts, _):
+        *experience, figures = rollout(run, some, prompts, step)
+        return figures | update(run, reference, some, prompts, *experience)
 
-    run.train(one_step)
+    run.train(examples, c.prompts, one_step)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ every rollout starts with a `step` on that token; no first token is special.
 import argparse
 import copy
 import functools
-import importlib.util
+import itertools
 import json
 import pathlib
 import tempfile
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 try:
     import triton
@@ -333,7 +334,7 @@ class TokenLogprobs(torch.autograd.Function):
                 slope *= (grad[part] * ctx.scale)[:, None]
                 grad_hidden[part] = slope.to(weight.dtype) @ weight
                 if grad_weight is not None:
-                    grad_weight += slope.T @ hidden[part].to(slope.dtype)
+                    grad_weight.addmm_(slope.T, hidden[part].to(slope.dtype))
         return grad_hidden, grad_weight, None, None, None     # autograd casts to the inputs' types
 
 
@@ -372,7 +373,7 @@ class Sampler:
     updates in place. At most `rows` rollouts at once, or as many as 1,000 tokens each in 4 GiB
     hold. A row's randomness depends on (seed of its prompt, member, token index) alone, not on
     other rows, batch size or device."""
-    def __init__(self, model, banned, stop, dtype=None, capture=True, rows=256):
+    def __init__(self, model, banned, stop, dtype=None, capture=True, rows=1024):
         self.source = self.model = model
         if dtype not in (None, next(model.parameters()).dtype):
             self.model = copy.deepcopy(model).requires_grad_(False)
@@ -488,7 +489,7 @@ class Sampler:
             for _ in range(16 if self.device.type == "cuda" else 1):
                 self.advance()
         ids, logprobs, lengths, token = (whole.flatten(0, 1) for whole in kept)
-        return Rollouts(ids[:, :-1], lengths, logprobs[:, :-1], token == self.stop)
+        return Rollouts(ids[:, :-1].clone(), lengths, logprobs[:, :-1].clone(), token == self.stop)
 
 
 # ----------------------------------------------------------------------------------- measuring
@@ -498,67 +499,112 @@ def seconds(run):
     return timer.adaptive_autorange(0.1, max_run_time=60).median
 
 
-@torch.no_grad()
-def naive_generate(model, banned, batch, group, new_tokens):
-    """What the sampler replaces: every token from a full forward pass over every row."""
-    wide = batch.widen(new_tokens)
-    wide = type(batch)(*(torch.cat([value] * group) for value in vars(wide).values()))
-    rows = torch.arange(len(wide.ids), device=wide.ids.device)
-    for _ in range(new_tokens):
-        logits = model.lm_head(model(wide)[0][rows, wide.lengths - 1])
-        chances = logits.masked_fill(banned, NEGATIVE).softmax(-1)
-        wide.ids[rows, wide.lengths] = chances.multinomial(1)[:, 0]
-        wide.lengths += 1
+def operations(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
 
-def transformers_generate(directory, batch, group, new_tokens, dtype):
-    """-> a function that samples the same number of tokens from a checkpoint, with transformers."""
-    from transformers import AutoModelForImageTextToText
-    theirs = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype)
-    return functools.partial(
-        theirs.to(batch.ids.device).generate, input_ids=batch.ids, do_sample=True, top_k=0,
-        attention_mask=torch.ones_like(batch.ids), pixel_values=batch.pixels[:, None].to(dtype),
-        num_return_sequences=group, min_new_tokens=new_tokens, max_new_tokens=new_tokens)
+def peak(run):
+    """The most memory that run() holds at a time beyond what was there before, in GB."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()
+    return max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]")) / 1e9
 
 
-def measure(size, prompts, group=8, new_tokens=48):
-    """-> rows (name, value, unit, floor, ratio): the sampler's speed to its floor (reading weights
-    and cache as fast as a GPU copies) and to other ways; all prompts alike, so that none pads."""
+def losses(words, width, tokens, device):
+    """-> the gradients of log-probs in chunks, and with whole logits."""
+    hidden, weight = (torch.randn(n, width, device=device) / 5 for n in (tokens, words))
+    targets, inputs = torch.arange(tokens, device=device), (hidden, weight)
+
+    def whole():
+        logp = (hidden @ weight.T).log_softmax(-1)
+        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+        return logp.gather(1, targets[:, None]), entropy
+
+    for x in inputs:
+        x.requires_grad_()
+    return [lambda way=way: torch.autograd.grad(way()[0].sum(), inputs)
+            for way in (lambda: token_logprobs(hidden, weight, targets), whole)]
+
+
+def measure(c):
+    """Prints what has to be fast: its time, the floor (operations at the rate of a large product;
+    in sampling also weights and cache read at the rate of a copy), how much slower a rival is."""
     import data
+    import grpo
+    import sft
+    from evaluate import parse
     from model import fresh, save
-    cuda, rows, floor = torch.cuda.is_available(), [], None
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    model, processor = fresh(size, [data.base_example(i) for i in range(1000)], 0)
-    batch = processor.batch([data.world_example("test", 0)] * prompts).to(device)
-    banned, ask = processor.banned(model.vocabulary).to(device), (batch, group, new_tokens)
-    sampler, plain = (Sampler(model.to(device), banned, -1, dtype, way) for way in (True, False))
-    ways = {"sampler": lambda: sampler.generate(*ask)}
-    if cuda:
-        ways["the same step, not captured"] = lambda: plain.generate(*ask)
-    if importlib.util.find_spec("transformers"):
-        with tempfile.TemporaryDirectory() as directory:
-            save(model, processor, directory)
-            ways["transformers generate"] = transformers_generate(directory, *ask, dtype)
-    if prompts <= 4:
-        ways["a full pass per token"] = lambda: naive_generate(sampler.model, banned, *ask)
-    for way, run in ways.items():
-        speed = prompts * group * new_tokens / seconds(run)
-        if cuda and not rows:
-            x = torch.empty(1 << 28, dtype=torch.uint8, device=device)
-            read = sum(part.nbytes for part in [*sampler.model.parameters(), sampler.cache])
-            floor = prompts * group * 2 * x.nbytes / seconds(x.clone) / read
-        ratio = rows[0]["value"] / speed if rows else floor and speed / floor
-        name = f"{way}, {prompts} x {group} x {new_tokens}, size {size}"
-        rows.append(dict(name=name, value=speed, unit="tokens/s", floor=floor, ratio=ratio))
-        floor = None
-        print(f"{name:56} {speed:12,.0f} tokens/s{f' {ratio:8.2f}' if ratio else ''}", flush=True)
+    from tests import rivals         # drives other people's libraries; none of them is needed
+    device, rows = ("cuda" if torch.cuda.is_available() else "cpu"), []
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    x = torch.randn(4096, 4096, device=device, dtype=dtype)
+    rate, speed = 2 * 4096 ** 3 / seconds(lambda: x @ x), 2 * x.nbytes / seconds(x.clone)
+
+    def row(name, value, floor, rival=None, than="", unit="s "):
+        rows.append(dict(name=name, value=value, floor=floor, rival=rival, than=than, unit=unit))
+        compared = f"{rival / value:7.2f} x {than}" * (rival is not None)
+        print(f"{name:41}{value:8.3f} {unit} floor {floor:7.3f} {compared}", flush=True)
+
+    def run_of(script, out, *options):
+        options = f"--init {c.model} --device {device} --steps 99 --out {out}".split() + [*options]
+        config = parse(script.Config, options)
+        return sft.Run(config, *sft.starting_model(config, 1e-9, 1e-9), decay=False)
+
+    for words, width in ((49_280, 576), (151_936, 1536)):
+        mine, whole = losses(words, width, 512, device)
+        name, work = f"loss of 512 tokens, {words:,} words", operations(whole)
+        row(name, seconds(mine), work / rate, seconds(whole), "whole logits")
+        row(name, peak(mine), 4 * words * width / 1e9, peak(whole), "whole logits", "GB")
+    with tempfile.TemporaryDirectory() as directory:
+        if not c.model:
+            c.model = f"{directory}/m"
+            save(*fresh("m", [data.base_example(i) for i in range(1000)], 0), c.model)
+        run = run_of(grpo, f"{directory}/grpo", *f"--prompts {c.prompts} --group {c.group} "
+                     f"--max-new-tokens {c.new_tokens}".split())
+        some = [data.world_example("train", 1)] * c.prompts      # all alike, so that nothing pads
+        ask, shape = (c.group, c.new_tokens), f"{c.prompts} x {c.group} x {c.new_tokens}"
+        prompts, reference = run.processor.batch(some), copy.deepcopy(run.model)
+        plain = Sampler(run.model, run.sampler.banned, -1, dtype, capture=False)
+        run.sampler.stop = -1                                    # and every answer has full length
+        took, work = (measured(lambda: sampler.generate(prompts, *ask)) for measured, sampler
+                      in ((seconds, run.sampler), (operations, plain)))
+        read = plain.cache.nbytes / 2 + sum(p.nbytes for p in plain.model.parameters())
+        rival = rivals.generate(c.model, prompts, *ask, dtype) if "transformers" in c.against else None
+        row(f"sampler, {shape}", took, max(work / rate, c.new_tokens * read / speed),
+            rival and seconds(rival), "transformers generate")
+        if device == "cuda":
+            slow = seconds(lambda: plain.generate(prompts, *ask))
+            row("the same step, captured", took, c.new_tokens * read / speed, slow, "not captured")
+
+        def grpo_step():
+            *experience, _ = grpo.rollout(run, some, prompts, 0)
+            grpo.update(run, reference, some, prompts, *experience)
+
+        rival = rivals.grpo(c.model, some, *ask) if "trl" in c.against else None
+        row(f"GRPO step, {shape}", seconds(grpo_step), operations(grpo_step) / rate, rival,
+            "TRL's GRPOTrainer")
+        run = run_of(sft, f"{directory}/sft")
+        some = [data.world_example("train", i) for i in range(64)]
+        ahead = iter(run.processor.ahead(some, itertools.repeat(range(64))))
+        sft_step = functools.partial(sft.imitate, run, *next(ahead))
+        rival = rivals.sft(c.model, some) if "trl" in c.against else None
+        row("SFT step, 64 rows", seconds(lambda: sft.imitate(run, *next(ahead))),
+            operations(sft_step) / rate, rival, "TRL's SFTTrainer")
     return rows
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Tokens a second of the sampler on this machine.")
+    parser = argparse.ArgumentParser(description=measure.__doc__)
+    parser.add_argument("--model", help="directory (default: random weights of size m)")
+    parser.add_argument("--against", nargs="*", choices=("transformers", "trl"), default=[],
+                        help="libraries to compare with; they have to be installed")
+    for option, default in (("prompts", 32), ("group", 8), ("new-tokens", 48)):
+        parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--json", type=pathlib.Path, help="file for the rows")
     args = parser.parse_args()
-    measured = measure("m", 4) + measure("m", 32)
+    measured = measure(args)
     if args.json:
         args.json.write_text(json.dumps(measured, indent=1))

@@ -183,18 +183,23 @@ class Run:
         self.metrics.write(json.dumps(row) + "\n")
         self.metrics.flush()
 
-    def train(self, one_step):
-        """The loop: `one_step(step)` -> figures, until all steps are done or Ctrl-C."""
+    def train(self, examples, size, one_step):
+        """The loop: `one_step(step, *what Processor.prepare made of its examples)` -> figures, until
+        all steps are done or Ctrl-C. `waited`: the seconds in which that was not ready."""
         c, stop = self.config, []
+        batches = (pick(len(examples), size, step, c.seed) for step in range(self.step, c.steps))
+        ahead = iter(self.processor.ahead(examples, batches))
         before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
         if self.step == 0:
             self.validate()
         bar = tqdm(range(self.step, c.steps), c.out, initial=self.step, total=c.steps, disable=None)
         for step in bar:
             begin = time.perf_counter()
-            figures = one_step(step)
-            self.step = step + 1
-            self.write(step=self.step, **figures, seconds=round(time.perf_counter() - begin, 4))
+            prepared = next(ahead)
+            waited = time.perf_counter() - begin
+            figures = one_step(step, *prepared)
+            self.step, seconds = step + 1, time.perf_counter() - begin
+            self.write(step=self.step, **figures, waited=round(waited, 4), seconds=round(seconds, 4))
             bar.set_postfix({k: f"{v:.3g}" for k, v in list(figures.items())[:4]})
             last = self.step == c.steps
             if last or c.eval_every and self.step % c.eval_every == 0:
@@ -207,14 +212,38 @@ class Run:
         write(self.out / "run.json", json.dumps(asdict(c) | dict(finished=True), indent=1))
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal by five Newton-Schulz steps (Jordan et al. 2024) and scaled as AdamW
+    updates are (Liu et al. 2025): torch.optim.Muon, but all matrices of a shape at once."""
+    @torch.no_grad()
+    def step(self):
+        shapes, group = {}, self.param_groups[0]
+        for p in group["params"]:
+            if p.grad is not None:
+                shapes.setdefault(p.shape, []).append(p)
+        for (rows, columns), some in shapes.items():
+            momentum = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                        for p in some]
+            torch._foreach_lerp_(momentum, [p.grad for p in some], 0.05)
+            x = torch.stack(torch._foreach_lerp([p.grad for p in some], momentum, 0.95)).bfloat16()
+            x = x.mT if rows > columns else x
+            x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+            for _ in range(5):
+                gram = x @ x.mT
+                x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x,
+                                  beta=3.4445)
+            x = (x.mT if rows > columns else x).to(some[0].dtype)
+            torch._foreach_add_(some, x.unbind(),
+                                alpha=-0.2 * group["lr"] * math.sqrt(max(rows, columns)))
+
+
 def make_optimizers(trained, lr):
     """{name: its optimizer}: Muon for the matrices of the layers, AdamW for all else and LoRA."""
     matrices = {n: p for n, p in trained.items() if p.ndim == 2 and "lora_" not in n
                 and re.search(r"layers\.|blocks\.|connector|merger", n)}
     rest = [p for n, p in trained.items() if n not in matrices]
     adamw = torch.optim.AdamW(rest, lr / 3 if matrices else lr, (0.9, 0.95), weight_decay=0.0)
-    muon = torch.optim.Muon(matrices.values(), lr=lr, weight_decay=0.0,
-                            adjust_lr_fn="match_rms_adamw") if matrices else None
+    muon = Muon(matrices.values(), dict(lr=lr)) if matrices else None
     return {name: muon if name in matrices else adamw for name in trained}
 
 
@@ -267,6 +296,23 @@ def pieces(start, stop, size):
     return [(i, min(i + (size or stop), stop)) for i in range(start, stop, size or stop)]
 
 
+def imitate(run, examples, prompts, responses):
+    """One optimizer step -> figures over all tokens of the responses."""
+    c, tokens, entropies = run.config, sum(map(len, responses)), []
+
+    def losses():
+        for i, j in pieces(0, len(examples), c.micro_batch):
+            ids, lengths = data.pad_rows(responses[i:j], run.processor.pad)
+            ids, mask = ids.to(c.device), up_to(lengths.to(c.device))
+            with run.autocast():
+                logprob, entropy = run.model.score(prompts.part(i, j).to(c.device), ids, mask)
+            entropies.append(entropy.sum().item())
+            yield imitation_loss(logprob, entropy, mask, c.weight) / tokens
+
+    figures = run.update(losses(), examples)
+    return figures | dict(entropy=sum(entropies) / tokens, tokens=tokens)
+
+
 def main(c):
     c.out = c.out or f"runs/{c.stage}"
     scratch = c.stage == "base" or c.init is None and c.data != "world"
@@ -283,26 +329,7 @@ def main(c):
     else:
         model, processor = starting_model(c, small=3e-3, published=1e-5)
     run = Run(c, model, processor, decay=True)
-
-    def one_step(step):
-        some = [examples[i] for i in pick(len(examples), c.batch, step, c.seed)]
-        rows = [processor.response_ids(example.response) for example in some]
-        tokens, entropies = sum(map(len, rows)), []
-
-        def losses():
-            for i, j in pieces(0, len(some), c.micro_batch):
-                prompts = processor.batch(some[i:j]).to(c.device)
-                ids, lengths = (x.to(c.device) for x in data.pad_rows(rows[i:j], processor.pad))
-                mask = up_to(lengths)
-                with run.autocast():
-                    logprob, entropy = model.score(prompts, ids, mask)
-                entropies.append(entropy.sum().item())
-                yield imitation_loss(logprob, entropy, mask, c.weight) / tokens
-
-        figures = run.update(losses(), some)
-        return figures | dict(entropy=sum(entropies) / tokens, tokens=tokens)
-
-    run.train(one_step)
+    run.train(examples, c.batch, lambda step, *prepared: imitate(run, *prepared))
 
 
 if __name__ == "__main__":
