@@ -15,6 +15,7 @@ import signal
 import zlib
 from collections import namedtuple
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import numpy
 import torch
@@ -25,7 +26,6 @@ from torch.utils.data import DataLoader
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")             # its threads would not fork
 Image.MAX_IMAGE_PIXELS = 16_000_000  # Pillow refuses to decode more than twice as many
 IMAGE = "<image>"
-LANCZOS = Image.Resampling.LANCZOS
 
 
 class DataError(ValueError):
@@ -197,8 +197,7 @@ def is_true(scene, sentence):
     """Whether a sentence makes one of the CLAIMS, in either wording, and the scene bears it out."""
     for *wordings, holds in CLAIMS:
         for wording in wordings:
-            found = re.fullmatch(wording.format(**GROUPS), sentence)
-            if found:
+            if found := re.fullmatch(wording.format(**GROUPS), sentence):
                 return holds(**{name: matching(scene, value) if name == "a" else int(value)
                                 for name, value in found.groupdict().items()})
     return False
@@ -336,12 +335,9 @@ def strip_answer(text):
     has a \\boxed{...}, what stands in the last one."""
     found = re.findall(r"<answer>(.*?)</answer>", text, re.S)
     text = found[-1] if found else re.sub(r"<think>.*?(?:</think>|$)", "", text, flags=re.S)
-    inside, depth = text.rpartition("\\boxed{")[2] if "\\boxed{" in text else "", 1
-    for i, letter in enumerate(inside):
-        depth += (letter == "{") - (letter == "}")
-        if depth == 0:
-            return inside[:i].strip()
-    return text.strip()
+    inside = text.rpartition("\\boxed{")[2] if "\\boxed{" in text else ""
+    depths = list(accumulate((letter == "{") - (letter == "}") for letter in inside))
+    return (inside[:depths.index(-1)] if -1 in depths else text).strip()
 
 
 def row_texts(row):
@@ -453,16 +449,15 @@ def image_tiles(image, tile, longest_edge):
         ratio = image.width / image.height
         short = int(longer / ratio if ratio >= 1 else longer * ratio)
         short = max(short + -short % step, 1)
-        return image.resize((longer, short) if ratio >= 1 else (short, longer), LANCZOS)
+        return image.resize((longer, short) if ratio >= 1 else (short, longer), Image.LANCZOS)
 
-    image = scaled(image, longest_edge, 2)
-    if longest_edge <= tile:
-        return [image.resize((tile, tile), LANCZOS)], 0, 0
-    image = scaled(image, math.ceil(max(image.size) / tile) * tile, tile)
-    columns, rows = (side // tile for side in image.size)
+    image, rows, columns = scaled(image, longest_edge, 2), 0, 0
+    if longest_edge > tile:
+        image = scaled(image, math.ceil(max(image.size) / tile) * tile, tile)
+        columns, rows = (side // tile for side in image.size)
     tiles = [image.crop((c * tile, r * tile, (c + 1) * tile, (r + 1) * tile))
              for r in range(rows) for c in range(columns)]
-    return tiles + [image.resize((tile, tile), LANCZOS)], rows, columns
+    return tiles + [image.resize((tile, tile), Image.LANCZOS)], rows, columns
 
 
 def smart_resize(width, height, factor, most):
@@ -633,15 +628,13 @@ class QwenProcessor(Processor):
     def picture(self, image):
         """Patches in 2x2 blocks, one for each image token; a still picture is two equal frames."""
         width, height = smart_resize(*image.size, self.tile, self.longest_edge ** 2)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
         rows, columns, patch = height // self.tile, width // self.tile, self.tile // 2
-        patches = pixel_array(image, self.MEAN, self.STD).reshape(
-            3, 1, rows, 2, patch, columns, 2, patch).repeat(2, 1)
+        pixels = pixel_array(image.resize((width, height), Image.BICUBIC), self.MEAN, self.STD)
+        patches = pixels.reshape(3, 1, rows, 2, patch, columns, 2, patch).repeat(2, 1)
         patches = patches.transpose(2, 5, 3, 6, 0, 1, 4, 7).reshape(rows * columns * 4, -1)
         place = f"<|vision_start|>{self.IMAGE * (rows * columns)}<|vision_end|>"
         return place, [patches], [(rows, columns)]
 
     def template(self, system, text):
-        turns = dict(system=system or "You are a helpful assistant.", user=text)
-        return "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n"
-                       for role, said in turns.items()) + "<|im_start|>assistant\n"
+        return (f"<|im_start|>system\n{system or 'You are a helpful assistant.'}<|im_end|>\n"
+                f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
