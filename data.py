@@ -388,11 +388,10 @@ def read_examples(path, skip_bad_rows=False):
         lines = [json.dumps(row) for row in json.loads(content)] if listed else content.split("\n")
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: neither «world» nor a .jsonl or .json file ({error})") from None
-    for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"                   # its line, or its place in the list
+    rows = {f"{path}:{number}": line for number, line in enumerate(lines, 1) if line.strip()}
+    for where, line in rows.items():                 # its line, or its place in the list
         try:
-            if line.strip():
-                examples.append(read_row(json.loads(line), path.parent.resolve(), where))
+            examples.append(read_row(json.loads(line), path.parent.resolve(), where))
         except (ValueError, RecursionError) as error:
             bad.append(f"{where}: {'' if isinstance(error, DataError) else 'not JSON: '}{error}")
             if not skip_bad_rows:
@@ -417,8 +416,7 @@ def load_dataset(data, split="train", limit=None, skip_bad_rows=False):
 # ---------------------------------------------------------------------- tokens, prompts, tiles
 START, STOP, AROUND, GLOBAL, PAD = ("<|im_start|>", "<end_of_utterance>",
                                     "<fake_token_around_image>", "<global-img>", "<pad>")
-CHAT_TEMPLATE = (
-    "<|im_start|>{% for message in messages %}{{ message.role | capitalize }}:"
+CHAT_TEMPLATE = ("<|im_start|>{% for message in messages %}{{ message.role | capitalize }}:"
     "{{ '' if message.content[0].type == 'image' else ' ' }}{% for part in message.content %}"
     "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}<end_of_utterance>\n"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
@@ -612,9 +610,8 @@ class Processor:
     def banned(self, vocabulary):
         """(V,) True for ids that only prompts may hold, and for ids without a token."""
         added, size = self.tokenizer.get_added_tokens_decoder(), self.tokenizer.get_vocab_size()
-        special = {i for i, token in added.items() if token.special} | {self.image}
-        banned = (special | set(range(size, vocabulary))) - {self.stop}
-        return torch.tensor([i in banned for i in range(vocabulary)])
+        banned = {self.image, *range(size, vocabulary), *(i for i in added if added[i].special)}
+        return torch.tensor([i in banned and i != self.stop for i in range(vocabulary)])
 
 
 class QwenProcessor(Processor):
