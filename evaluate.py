@@ -76,8 +76,7 @@ BOX = re.compile(r"\[" + ",".join([r"\s*(-?\d+(?:\.\d+)?)\s*"] * 4) + r"\]")
 FORMATS = {"tags": re.compile(r"<think>(.+?)</think>\s*<answer>(.+?)</answer>", re.S),
            "boxed": re.compile(r"<think>(.+?)</think>\s*\\boxed\{(.+)\}", re.S)}
 MAX_ANSWER, LARGEST = 400, 10 ** 12  # a longer answer is none, a larger number is only text
-PLAIN = "^2 ^3 sqrt pi - - = * * * / ° °".split()
-SIGNS = str.maketrans(dict(zip("²³√π−–≈×·⋅÷∘º", PLAIN)))
+SIGNS = str.maketrans(dict(zip("²³√π−–≈×·⋅÷∘º", "^2 ^3 sqrt pi - - = * * * / ° °".split())))
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=\d)(?:\\,|\{,\}|,\\!)(?=\d{3})", ","), (r"\\(?:text|math)[a-z]* ?\{([^{}]*)\}", r"\1"),
     (r"\\(?:left|right|[!,;:()\[\] ])| ?\\?\$ ?|~", " "), (r"\\times|\\cdot", "*"), (r"\\div", "/"),
@@ -149,9 +148,8 @@ def same_number(answer, gold, question=""):
     scale = {("%", ""): Fraction(1, 100), ("", "%"): 100}.get((given[1], wanted[1]), 1)
     values, wanted = [given[0], given[0] * scale], wanted[0]
     if asked := ROUNDED.search(question):
-        *values, wanted = [math.floor(each * 10 ** (asked.lastindex or 0) + 0.5)
-                           for each in (*values, wanted)]
-        return wanted in values
+        tens = 10 ** (asked.lastindex or 0)
+        return math.floor(wanted * tens + 0.5) in [math.floor(each * tens + 0.5) for each in values]
     endless = isinstance(wanted, float) or pow(10, 99, wanted.denominator)        # as a decimal
     slack = abs(wanted) / (1000 if endless else 10 ** 13)
     if not endless and (decimals := re.search(r"\.(\d+)", gold)):
@@ -323,16 +321,15 @@ class Config(AskConfig):
 
 
 def answer_all(directory, c):
-    """Loads a model and answers every split that the options name."""
+    """Loads a model and answers every split that the options name; yields the rows."""
     dtype = torch.bfloat16 if c.device == "cuda" else torch.float32
     model, processor = load(directory, c.device, dtype, c.prompt(), may_differ=False)
     sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop)
     heat = c.temperature if c.temperature is not None else float(c.samples > 1)
-    rows = []
     for split in c.split.split(",") if c.data == "world" else ["all"]:
         some = data.load_dataset(c.data, split, c.limit, c.skip_bad_rows)
-        rows += evaluate(sampler, processor, some, split, c.samples, heat, c.max_new_tokens, c.seed)
-    return rows
+        yield from evaluate(sampler, processor, some, split, c.samples, heat, c.max_new_tokens,
+                            c.seed)
 
 
 def columns(figures):
@@ -350,9 +347,8 @@ def markdown_table(rows):
 
 
 def main(c):
-    rows, table = answer_all(c.model, c), [["split", "family", *COLUMNS, "pass"]]
+    rows, table = list(answer_all(c.model, c)), [["split", "family", *COLUMNS, "pass"]]
     if c.out:
-        pathlib.Path(c.out).parent.mkdir(parents=True, exist_ok=True)
         write(c.out, "".join(json.dumps(row) + "\n" for row in rows))
     for split, whole in summaries(rows).items():
         for family, figures in [("", whole), *whole["families"].items()]:
@@ -385,8 +381,8 @@ CURVES = {"held_out": "#0b6e4f", "reward": "#c1440e", "accuracy": "#7a7a7a", "fo
 
 
 def study_cells(c):
-    """The study as a list of commands to paste: `command` makes a model, `evaluation` tests it."""
-    preset, out, cells = PRESETS[c.preset], pathlib.Path(c.out), []
+    """Yields the study as commands to paste: `command` makes a model, `evaluation` tests it."""
+    preset, out = PRESETS[c.preset], pathlib.Path(c.out)
     bases = dict(strong=f"{out}/base", weak=f"{out}/base/step-{preset['weak']}")
     trained = [(seed, strength, method) for seed in range(c.seeds)
                for strength in ("weak", "strong") for method in ("sft", "grpo", "sft-grpo")]
@@ -400,10 +396,8 @@ def study_cells(c):
         answers = f"{out}/answers/{name}.jsonl"
         evaluation = (f"python evaluate.py --model {model} --limit {preset['limit']} "
                       f"--device {c.device} --out {answers}")
-        cells.append(dict(name=name, strength=strength, method=method, seed=seed, model=model,
-                          command=command * (name != "weak-base"), evaluation=evaluation,
-                          answers=answers))
-    return cells
+        yield dict(name=name, strength=strength, method=method, seed=seed, model=model,
+                   command=command * (name != "weak-base"), evaluation=evaluation, answers=answers)
 
 
 def run_command(command):
@@ -439,7 +433,7 @@ def study(c):
     machine = f"{c.device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
     results = read_json(path) if path.exists() else dict(preset=c.preset, machine=machine, cells=[])
     done = {cell["name"]: cell for cell in results["cells"]}
-    for cell in tqdm(study_cells(c), "study", disable=None):
+    for cell in tqdm(list(study_cells(c)), "study", disable=None):
         if not cell.items() <= done.get(cell["name"], {}).items():
             for command in filter(None, (cell["command"], cell["evaluation"])):
                 run_command(command)
