@@ -340,8 +340,10 @@ def strip_answer(text):
     return (inside[:depths.index(-1)] if -1 in depths else text).strip()
 
 
-def row_texts(row):
-    """A row of any layout -> its question, answer, response (to imitate) and system turn."""
+def read_row(row, root, where):
+    """One row of any layout -> Example, its pictures looked at: bad ones show before training."""
+    if not isinstance(row, dict):
+        raise DataError(f"expected an object, got {row!r:.80}")
     for name in ("messages", "conversations", "prompt", "completion"):
         row = (take(row, spoken, name) or {}) | row
     asked = ("user message", "problem", "question", "prompt")
@@ -357,14 +359,7 @@ def row_texts(row):
                             f"got the fields {list(row)!r:.200}")
     thought = re.sub("</?think>", "", take(row, text, "rationale", "thinking") or "").strip()
     system = take(row, text, "system", "system message") or ""
-    return question, answer, take(row, text, *said) or tagged(answer, thought), system
-
-
-def read_row(row, root, where):
-    """One row of any layout -> Example, its pictures looked at: bad ones show before training."""
-    if not isinstance(row, dict):
-        raise DataError(f"expected an object, got {row!r:.80}")
-    question, answer, response, system = row_texts(row)
+    response = take(row, text, *said) or tagged(answer, thought)         # what imitation learns
     images = take(row, image_sources, "images", "image", "image_path", root=root) or []
     choices = take(row, options, "choices")
     question += "".join(f"\n({chr(65 + i)}) {choice}" for i, choice in enumerate(choices or ()))
