@@ -195,12 +195,10 @@ def hesitate(rng, steps):
 
 def is_true(scene, sentence):
     """Whether a sentence makes one of the CLAIMS, in either wording, and the scene bears it out."""
-    for *wordings, holds in CLAIMS:
-        for wording in wordings:
-            if found := re.fullmatch(wording.format(**GROUPS), sentence):
-                return holds(**{name: matching(scene, value) if name == "a" else int(value)
-                                for name, value in found.groupdict().items()})
-    return False
+    return any(holds(**{name: matching(scene, value) if name == "a" else int(value)
+                        for name, value in found.groupdict().items()})
+               for *wordings, holds in CLAIMS for wording in wordings
+               if (found := re.fullmatch(wording.format(**GROUPS), sentence)))
 
 
 def check_steps(scene, text):
