@@ -505,7 +505,7 @@ def rope_positions(ids, grids, image):
     """M-RoPE (Qwen2-VL, section 2.1): text counts on in all three; the tokens of a picture share a
     time and have its rows and columns; what follows starts at the largest. (T,) -> (T, 3)"""
     positions = torch.arange(len(ids))[:, None].repeat(1, 3)
-    starts = ((ids == image) & (ids.roll(1) != image)).nonzero()[:, 0].tolist()
+    starts = grids and ((ids == image) & (ids.roll(1) != image)).nonzero()[:, 0].tolist()
     for start, (rows, columns) in zip(starts, grids):
         step = torch.arange(rows * columns)
         inside = torch.stack([step * 0, step // columns, step % columns], 1)
@@ -595,10 +595,10 @@ class Processor:
         """All that a step needs of its examples: themselves, their prompts, their responses' ids."""
         return examples, self.batch(examples), [self.response_ids(e.response) for e in examples]
 
-    def ahead(self, examples, batches):
-        """Iterates over `prepare` of each batch of indices, made ahead of time by workers."""
-        return DataLoader(examples, batch_sampler=batches, collate_fn=self.prepare,
-                          num_workers=min(4, 1 + os.cpu_count() // 4), worker_init_fn=stay)
+    def ahead(self, examples, batches, device):
+        """Iterates over `prepare` of each batch of indices, made by workers while a GPU computes."""
+        return DataLoader(examples, batch_sampler=batches, collate_fn=self.prepare, worker_init_fn=stay,
+                          num_workers=min(8, os.cpu_count() // 2) if device == "cuda" else 0)
 
     def banned(self, vocabulary):
         """(V,) True for ids that only prompts may hold, and for ids without a token."""

@@ -275,10 +275,10 @@ def evaluate(sampler, processor, examples, split="", samples=1, temperature=0.0,
              seed=0):
     """Answers and grades every example -> rows, one for each answer, in order."""
     rows, size = [], max(1, 256 // samples)
-    batches = torch.arange(len(examples)).split(size)
-    ahead = processor.ahead(examples, [places.tolist() for places in batches])
+    batches = [range(i, min(i + size, len(examples))) for i in range(0, len(examples), size)]
+    ahead = processor.ahead(examples, batches, sampler.device.type)
     for places, (some, batch, _) in zip(tqdm(batches, split, leave=False, disable=None), ahead):
-        seeds = places + seed * 1_000_003
+        seeds = torch.tensor(places) + seed * 1_000_003
         rollouts = sampler.generate(batch, samples, new_tokens, temperature, seeds)
         for r, ids in enumerate(rollouts.rows()):
             example, response = some[r // samples], processor.decode(ids)

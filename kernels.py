@@ -6,19 +6,12 @@ and under autograd, the kernel on CUDA without gradients; the tests hold one aga
 The last token of a prompt is the first token of each of its rollouts: a prompt is read once, and
 every rollout starts with a `step` on that token; no first token is special.
 """
-import argparse
 import copy
 import functools
-import itertools
-import json
-import pathlib
-import tempfile
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 
 try:
     import triton
@@ -105,7 +98,7 @@ if triton:
         tl.store(out + at, g * load(up + at, at < size), at < size)
 
     @triton.jit
-    def decode_attention_kernel(q, keys, values, seen, ends, parts, sums, room, scale, share, rows,
+    def decode_attention_kernel(q, keys, values, bias, ends, parts, sums, room, scale, share, rows,
                                 G, K, PER, E, ROWS: tl.constexpr, WIDTH: tl.constexpr,
                                 SLOTS: tl.constexpr, PRECISION: tl.constexpr):
         """ROWS queries of a group against `share` slots of the cache that they share."""
@@ -122,10 +115,9 @@ if triton:
             cache, inside = ((b * room + slot[:, None]) * K + k_head) * E + e, slot[:, None] < end
             key, value = (load(keys + cache, inside & (e < E)), load(values + cache,
                                                                      inside & (e < E)))
-            look = (b * G + member[:, None]) * room + slot[None]
-            look = tl.load(seen + look, (member < G)[:, None] & (slot < end)[None], 0) != 0
-            score = tl.dot(asked, tl.trans(key), input_precision=PRECISION) * scale
-            score = tl.where(look, score, -1e30)
+            added = tl.load(bias + (b * G + member[:, None]) * room + slot[None],
+                            (member < G)[:, None] & (slot < end)[None], -1e30).to(tl.float32)
+            score = tl.dot(asked, tl.trans(key), input_precision=PRECISION) * scale + added
             higher = tl.maximum(best, tl.max(score, 1, keep_dims=True))
             part, shrink = tl.exp(score - higher), tl.exp(best - higher)
             mixed = mixed * shrink + tl.dot(part, value, input_precision=PRECISION)
@@ -222,17 +214,18 @@ def rotary_cache(q, k, v, cos, sin, keys, values, slots):
     """Rotates q and k, and writes k and v of row r to its slot in the cache of its group, r // G.
     q (R, H, E); k, v (R, K, E); cos, sin (R, E); keys, values (R / G, S, K, E); slots (R,)."""
     group = torch.arange(len(q), device=q.device) // (len(q) // len(keys))
-    keys[group, slots], values[group, slots] = rotary(k, cos, sin), v
-    return rotary(q, cos, sin)
+    q, k = rotary(torch.cat([q, k], 1), cos, sin).split([q.shape[1], k.shape[1]], 1)
+    keys[group, slots], values[group, slots] = k, v
+    return q
 
 
-def decode_attention_triton(q, keys, values, seen, ends):
-    (rows, H, E), (B, room, K, _), G, out = q.shape, keys.shape, seen.shape[1], torch.empty_like(q)
+def decode_attention_triton(q, keys, values, bias, ends):
+    (rows, H, E), (B, room, K, _), G, out = q.shape, keys.shape, bias.shape[1], torch.empty_like(q)
     splits, queries, wide = min(8, triton.cdiv(room, 256)), G * H // K, q.dtype == torch.float32
     size, width = (max(16, triton.next_power_of_2(n)) for n in (min(queries, 16 if wide else 32), E))
     parts, sums = (torch.empty(splits, rows * H, n, device=q.device) for n in (E, 1))
     decode_attention_kernel[(B * K, triton.cdiv(queries, size), splits)](
-        q, keys, values, seen, ends, parts, sums, keys.stride(0) // keys.stride(1), E ** -0.5,
+        q, keys, values, bias, ends, parts, sums, keys.stride(0) // keys.stride(1), E ** -0.5,
         triton.cdiv(room, 64 * splits) * 64, rows * H, G, K, H // K, E, size, width,
         min(64, 4096 // width), "ieee" if wide else "tf32", num_warps=8)                         # bf16 is exact in tf32
     merge_kernel[(rows * H,)](parts, sums, out, rows * H, splits, E, 8, width)
@@ -240,12 +233,12 @@ def decode_attention_triton(q, keys, values, seen, ends):
 
 
 @on_cuda(decode_attention_triton)
-def decode_attention(q, keys, values, seen, ends):
+def decode_attention(q, keys, values, bias, ends):
     """The rollouts of a group, one query each, against the cache of the group. q (B * G, H, E);
-    keys, values (B, S, K, E); seen (B, G, S): who may look where, before ends (B,) alone."""
-    G, K = seen.shape[1], keys.shape[2]             # a group's heads are rows of queries
+    keys, values (B, S, K, E); bias (B, G, S): 0 or NEGATIVE, the latter from ends (B,) on."""
+    G, K = bias.shape[1], keys.shape[2]             # a group's heads are rows of queries
     q = q.unflatten(0, (-1, G)).unflatten(2, (K, -1)).transpose(1, 2)       # (B, K, G, H / K, E)
-    mask = seen.repeat_interleave(q.shape[3], 1)[:, None]
+    mask = bias.repeat_interleave(q.shape[3], 1)[:, None]
     out = F.scaled_dot_product_attention(q.flatten(2, 3), keys.transpose(1, 2),
                                          values.transpose(1, 2), mask)
     return out.view(q.shape).transpose(1, 2).flatten(2, 3).flatten(0, 1)
@@ -267,7 +260,8 @@ def gumbel(keys, vocabulary):
     """Standard Gumbel noise (R, V) that depends on (key, token id) alone. keys (R,) int32."""
     words = mix(torch.arange(vocabulary, dtype=torch.int32, device=keys.device))
     bits = mix(keys[:, None] ^ words) >> 9 & 0x7FFFFF
-    return -torch.log(-torch.log((bits.float() + 0.5) * 2 ** -23))       # of neither 0 nor 1
+    uniform = bits.float().add_(0.5).mul_(2 ** -23)                      # neither 0 nor 1
+    return uniform.log_().neg_().log_().neg_()
 
 
 def sample_triton(hidden, weight, banned, scale, noise, keys):
@@ -288,21 +282,21 @@ def sample_triton(hidden, weight, banned, scale, noise, keys):
 def sample(hidden, weight, banned, scale, noise, keys):
     """Draws from softmax(scale * h Wᵀ) without banned ids, by Gumbel arg-max in fp32. hidden (R, D);
     weight (V, D); scale 1/T, noise 1, or 1, 0 to be greedy; keys (R,) int32 -> tokens, log-probs."""
-    logits = ((hidden @ weight.T).float() * scale).masked_fill(banned, NEGATIVE)
-    tokens = (logits + noise * gumbel(keys, len(weight))).argmax(-1)
+    logits = (hidden @ weight.T).float().mul_(scale).masked_fill_(banned, NEGATIVE)
+    tokens = gumbel(keys, len(weight)).mul_(noise).add_(logits).argmax(-1)
     return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
-CHUNK = 1 << 24                      # logits held at a time: 64 MiB in fp32
+CHUNK, LEAST = 1 << 22, 256          # logits held at a time (16 MiB in fp32), but rows of at least
 
 
 def chunk_logits(hidden, weight, banned, scale):
     """-> pairs (slice of the rows, their logits at least in fp32), CHUNK numbers at a time."""
-    rows = max(1, CHUNK // len(weight))
+    rows = max(LEAST, CHUNK // len(weight))
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
-        logits = widened(hidden[part] @ weight.T) * scale
-        yield part, logits if banned is None else logits.masked_fill(banned, NEGATIVE)
+        logits = widened(hidden[part] @ weight.T).mul_(scale)
+        yield part, logits if banned is None else logits.masked_fill_(banned, NEGATIVE)
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -330,8 +324,8 @@ class TokenLogprobs(torch.autograd.Function):
         grad_weight = widened(torch.zeros_like(weight)) if ctx.needs_input_grad[1] else None
         with torch.autocast(hidden.device.type, enabled=False):
             for part, logits in chunk_logits(hidden, weight, banned, ctx.scale):
-                slope = logits.softmax(-1).neg_().scatter_(1, targets[part, None], 1, reduce="add")
-                slope *= (grad[part] * ctx.scale)[:, None]
+                factor = (grad[part] * ctx.scale)[:, None]
+                slope = logits.softmax(-1).mul_(-factor).scatter_add_(1, targets[part, None], factor)
                 grad_hidden[part] = slope.to(weight.dtype) @ weight
                 if grad_weight is not None:
                     grad_weight.addmm_(slope.T, hidden[part].to(slope.dtype))
@@ -366,7 +360,7 @@ class Sampler:
     """Prompts in, rollouts out: fixed buffers and one `step` over them, which CUDA captures.
 
     A group lives in one place of the cache: its prompt, then token t of member g in slot
-    start + t * G + g; `seen` says who may look where. So a prompt is held once, and all heads of a
+    start + t * G + g; `bias` says who may look where. So a prompt is held once, and all heads of a
     group are one matrix. Places whose group has ended take the next prompts (in-flight batching).
 
     banned (V,): never sampled. With another `dtype` it samples from copied weights, which `refresh`
@@ -400,7 +394,7 @@ class Sampler:
             self.cache = like.new_zeros(c.num_hidden_layers, 2, places, room, c.num_key_value_heads,
                                         c.head_dim)
             flag, zeros = torch.bool, functools.partial(torch.zeros, device=self.device)
-            self.seen, self.done = zeros(places, group, room, dtype=flag), zeros(rows, dtype=flag)
+            self.bias, self.done = like.new_zeros(places, group, room), zeros(rows, dtype=flag)
             self.token, self.slot, self.position, self.clock, self.length, self.stream = (
                 zeros(rows, dtype=kind) for kind in [torch.long] * 5 + [torch.int32])
             self.ids = zeros(rows, new_tokens + 1, dtype=torch.long)      # the last column takes
@@ -416,8 +410,8 @@ class Sampler:
         last = last, prompts.lengths - 1
         cache = torch.stack([torch.stack(pair) for pair in self.model(prompts)[1]])
         self.cache[:, :, places, :width] = cache.to(self.cache.dtype)
-        self.seen[places] = False
-        self.seen[places, :, :width] = up_to(last[1], width)[:, None]
+        self.bias[places] = NEGATIVE
+        self.bias[places, :, :width] *= ~up_to(last[1], width)[:, None]
         for buffer, value in (
                 (self.token, prompts.ids[last][:, None]), (self.slot, self.start + step),
                 (self.position, prompts.positions[..., 0][last][:, None]), (self.clock, 0),
@@ -427,14 +421,14 @@ class Sampler:
 
     def step(self, window):
         """One token a row, within a window of slots. What follows a row's end is kept nowhere."""
-        (places, G, N), slots = self.shape, self.slot.view(len(self.seen), -1)
-        self.seen.scatter_(2, slots[..., None], True)
+        (places, G, N), slots = self.shape, self.slot.view(len(self.bias), -1)
+        self.bias.scatter_(2, slots[..., None], 0.0)
         ends = slots[:, -1] + 1
 
         def attend(layer, q, k, v, rope):
             keys, values = self.cache[layer, :, :, :window]
             q = rotary_cache(q, k, v, *rope, keys, values, self.slot)
-            return decode_attention(q, keys, values, self.seen[:, :, :window], ends)
+            return decode_attention(q, keys, values, self.bias[:, :, :window], ends)
 
         text = self.model.text
         hidden = text(text.embed_tokens(self.token), self.position, attend)
@@ -461,150 +455,37 @@ class Sampler:
             with torch.cuda.graph(self.graph):
                 self.step(self.cache.shape[3])
 
-    @torch.no_grad()
     def generate(self, prompts, group=1, new_tokens=48, temperature=1.0, seeds=None):
         """Batch of B prompts -> Rollouts of B * group rows. temperature 0 is greedy.
         seeds (B,): one per prompt; the same seed gives the same rollouts in any company."""
-        (B, width), taken = prompts.ids.shape, 0
+        (B, width), taken, device = prompts.ids.shape, 0, self.device
         seeds = torch.arange(B) if seeds is None else seeds
-        self.reserve(min(B, max(1, self.rows // group)), group, new_tokens, width)
-        self.heat.copy_(torch.tensor([1 / (temperature or 1), temperature > 0]))
-        names = ("ids", "logprobs", "length", "token")
-        kept = [getattr(self, name).new_zeros(B, group, *getattr(self, name).shape[1:])
-                for name in names]
-        owner = torch.full((self.shape[0],), -1)         # the prompt that is in each place
-        while True:
-            idle = self.done.view(-1, group).all(1).cpu()                 # waits for a GPU
-            if idle.all() or taken < B and 4 * idle.sum() >= len(idle):
-                ended = (idle & (owner >= 0)).nonzero()[:, 0]
-                for name, whole in zip(names, kept):
-                    whole[owner[ended]] = getattr(self, name).unflatten(0, (-1, group))[ended]
-                owner[ended] = -1
-                if taken == B and idle.all():
-                    break
-                free = idle.nonzero()[:B - taken, 0]
-                owner[free] = torch.arange(taken, taken + len(free))
-                self.admit(prompts.part(taken, taken + len(free)), free, seeds[owner[free]])
-                taken += len(free)
-            for _ in range(16 if self.device.type == "cuda" else 1):
-                self.advance()
-        ids, logprobs, lengths, token = (whole.flatten(0, 1) for whole in kept)
-        return Rollouts(ids[:, :-1].clone(), lengths, logprobs[:, :-1].clone(), token == self.stop)
-
-
-# ----------------------------------------------------------------------------------- measuring
-def seconds(run):
-    """Median wall time of run() when it is warm, repeated until the times agree within a tenth."""
-    timer = Timer("run()", globals=dict(run=run), num_threads=torch.get_num_threads())
-    return timer.adaptive_autorange(0.1, max_run_time=60).median
-
-
-def operations(run):
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def peak(run):
-    """The most memory that run() holds at a time beyond what was there before, in GB."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run()
-    events = profile.profiler.kineto_results.events()
-    return max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]")) / 1e9
-
-
-def losses(words, width, tokens, device):
-    """-> the gradients of log-probs in chunks, and with whole logits."""
-    hidden, weight = (torch.randn(n, width, device=device) / 5 for n in (tokens, words))
-    targets, inputs = torch.arange(tokens, device=device), (hidden, weight)
-
-    def whole():
-        logp = (hidden @ weight.T).log_softmax(-1)
-        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
-        return logp.gather(1, targets[:, None]), entropy
-
-    for x in inputs:
-        x.requires_grad_()
-    return [lambda way=way: torch.autograd.grad(way()[0].sum(), inputs)
-            for way in (lambda: token_logprobs(hidden, weight, targets), whole)]
-
-
-def measure(c):
-    """Prints what has to be fast: its time, the floor (operations at the rate of a large product;
-    in sampling also weights and cache read at the rate of a copy), how much slower a rival is."""
-    import data
-    import grpo
-    import sft
-    from evaluate import parse
-    from model import fresh, save
-    from tests import rivals         # drives other people's libraries; none of them is needed
-    device, rows = ("cuda" if torch.cuda.is_available() else "cpu"), []
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    x = torch.randn(4096, 4096, device=device, dtype=dtype)
-    rate, speed = 2 * 4096 ** 3 / seconds(lambda: x @ x), 2 * x.nbytes / seconds(x.clone)
-
-    def row(name, value, floor, rival=None, than="", unit="s "):
-        rows.append(dict(name=name, value=value, floor=floor, rival=rival, than=than, unit=unit))
-        compared = f"{rival / value:7.2f} x {than}" * (rival is not None)
-        print(f"{name:41}{value:8.3f} {unit} floor {floor:7.3f} {compared}", flush=True)
-
-    def run_of(script, out, *options):
-        options = f"--init {c.model} --device {device} --steps 99 --out {out}".split() + [*options]
-        config = parse(script.Config, options)
-        return sft.Run(config, *sft.starting_model(config, 1e-9, 1e-9), decay=False)
-
-    for words, width in ((49_280, 576), (151_936, 1536)):
-        mine, whole = losses(words, width, 512, device)
-        name, work = f"loss of 512 tokens, {words:,} words", operations(whole)
-        row(name, seconds(mine), work / rate, seconds(whole), "whole logits")
-        row(name, peak(mine), 4 * words * width / 1e9, peak(whole), "whole logits", "GB")
-    with tempfile.TemporaryDirectory() as directory:
-        if not c.model:
-            c.model = f"{directory}/m"
-            save(*fresh("m", [data.base_example(i) for i in range(1000)], 0), c.model)
-        run = run_of(grpo, f"{directory}/grpo", *f"--prompts {c.prompts} --group {c.group} "
-                     f"--max-new-tokens {c.new_tokens}".split())
-        some = [data.world_example("train", 1)] * c.prompts      # all alike, so that nothing pads
-        ask, shape = (c.group, c.new_tokens), f"{c.prompts} x {c.group} x {c.new_tokens}"
-        prompts, reference = run.processor.batch(some), copy.deepcopy(run.model)
-        plain = Sampler(run.model, run.sampler.banned, -1, dtype, capture=False)
-        run.sampler.stop = -1                                    # and every answer has full length
-        took, work = (measured(lambda: sampler.generate(prompts, *ask)) for measured, sampler
-                      in ((seconds, run.sampler), (operations, plain)))
-        read = plain.cache.nbytes / 2 + sum(p.nbytes for p in plain.model.parameters())
-        rival = rivals.generate(c.model, prompts, *ask, dtype) if "transformers" in c.against else None
-        row(f"sampler, {shape}", took, max(work / rate, c.new_tokens * read / speed),
-            rival and seconds(rival), "transformers generate")
-        if device == "cuda":
-            slow = seconds(lambda: plain.generate(prompts, *ask))
-            row("the same step, captured", took, c.new_tokens * read / speed, slow, "not captured")
-
-        def grpo_step():
-            *experience, _ = grpo.rollout(run, some, prompts, 0)
-            grpo.update(run, reference, some, prompts, *experience)
-
-        rival = rivals.grpo(c.model, some, *ask) if "trl" in c.against else None
-        row(f"GRPO step, {shape}", seconds(grpo_step), operations(grpo_step) / rate, rival,
-            "TRL's GRPOTrainer")
-        run = run_of(sft, f"{directory}/sft")
-        some = [data.world_example("train", i) for i in range(64)]
-        ahead = iter(run.processor.ahead(some, itertools.repeat(range(64))))
-        sft_step = functools.partial(sft.imitate, run, *next(ahead))
-        rival = rivals.sft(c.model, some) if "trl" in c.against else None
-        row("SFT step, 64 rows", seconds(lambda: sft.imitate(run, *next(ahead))),
-            operations(sft_step) / rate, rival, "TRL's SFTTrainer")
-    return rows
+        ids, length, token = (torch.zeros(B, group, *more, dtype=torch.long, device=device)
+                              for more in ([new_tokens + 1], [], []))
+        kept = dict(ids=ids, length=length, token=token, logprobs=torch.zeros_like(ids).float())
+        owner = torch.full((min(B, max(1, self.rows // group)),), -1)    # the prompt in each place
+        with torch.inference_mode():
+            self.reserve(len(owner), group, new_tokens, width)
+            self.heat.copy_(torch.tensor([1 / (temperature or 1), temperature > 0]))
+            while True:
+                idle = self.done.view(-1, group).all(1).cpu()[:len(owner)]       # waits for a GPU
+                if idle.all() or taken < B and 4 * idle.sum() >= len(idle):
+                    ended = (idle & (owner >= 0)).nonzero()[:, 0]
+                    for name, whole in kept.items():
+                        whole[owner[ended]] = getattr(self, name).unflatten(0, (-1, group))[ended]
+                    free = idle.nonzero()[:B - taken, 0]
+                    if not len(free):
+                        break
+                    owner[ended] = -1
+                    owner[free] = torch.arange(taken, taken + len(free))
+                    self.admit(prompts.part(taken, taken + len(free)), free, seeds[owner[free]])
+                    taken += len(free)
+                for _ in range(1 if device.type == "cpu" else 16):
+                    self.advance()
+        ids, length, token, logprobs = (whole.flatten(0, 1) for whole in kept.values())
+        return Rollouts(ids[:, :-1].clone(), length, logprobs[:, :-1].clone(), token == self.stop)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=measure.__doc__)
-    parser.add_argument("--model", help="directory (default: random weights of size m)")
-    parser.add_argument("--against", nargs="*", choices=("transformers", "trl"), default=[],
-                        help="libraries to compare with; they have to be installed")
-    for option, default in (("prompts", 32), ("group", 8), ("new-tokens", 48)):
-        parser.add_argument(f"--{option}", type=int, default=default)
-    parser.add_argument("--json", type=pathlib.Path, help="file for the rows")
-    args = parser.parse_args()
-    measured = measure(args)
-    if args.json:
-        args.json.write_text(json.dumps(measured, indent=1))
+    from tests.speed import main     # it also drives transformers and TRL, which only tests need
+    main()

@@ -188,7 +188,7 @@ class Run:
         all steps are done or Ctrl-C. `waited`: the seconds in which that was not ready."""
         c, stop = self.config, []
         batches = (pick(len(examples), size, step, c.seed) for step in range(self.step, c.steps))
-        ahead = iter(self.processor.ahead(examples, batches))
+        ahead = iter(self.processor.ahead(examples, batches, c.device))
         before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
         if self.step == 0:
             self.validate()

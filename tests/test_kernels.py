@@ -121,7 +121,8 @@ def test_decode_attention(H, K, E, dtype, G):
         keys[group, end:], values[group, end:] = 100, 1e4
     for way in ways(kernels.decode_attention):
         window = (x[:, :650] for x in (keys, values))
-        close(way(q, *window, seen[:, :, :650], ends), expected, dtype)
+        bias = torch.where(seen, 0.0, kernels.NEGATIVE).to(dtype)[:, :, :650]
+        close(way(q, *window, bias, ends), expected, dtype)
 
 
 def switches(temperature):
@@ -230,12 +231,12 @@ def compile_all():
         for H, K, E, D in ((9, 3, 64, 576), (12, 2, 128, 1536)):
             q, k, v, keys, values, slots = cache_inputs(H, K, E, dtype, 8)
             x, rope, banned = random(40, D, dtype=dtype), random(40, E), torch.zeros(2000).bool()
-            seen, ends = torch.ones(5, 8, ROOM).bool(), torch.full((5,), ROOM)
+            bias, ends = torch.zeros(5, 8, ROOM, dtype=dtype), torch.full((5,), ROOM)
             head = random(2000, D, dtype=dtype)
             kernels.rms_norm.triton(x, x, x[0], 1e-5)
             kernels.swiglu.triton(x, x)
             kernels.rotary_cache.triton(q, k, v, rope, rope, keys, values, slots)
-            kernels.decode_attention.triton(q, keys, values, seen, ends)
+            kernels.decode_attention.triton(q, keys, values, bias, ends)
             kernels.sample.triton(x, head, banned, *switches(1), slots.int())
 
 
@@ -244,8 +245,8 @@ def test_kernels_compile_for_gpus():
     """The interpreter takes types, shapes and shared memory that no compiler and no GPU takes."""
     root = str(pathlib.Path(kernels.__file__).parent)
     environment = {**os.environ, "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": "",
-                   "TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
-    environment.pop("TRITON_INTERPRET", None)
+                   "TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1",
+                   "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, __file__], env=environment, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
@@ -299,6 +300,7 @@ def gradients(way, hidden, weight, *rest, slope=1):
 def test_token_logprobs(monkeypatch, chunk, ban, temperature):
     """Chunks of one row, of four with a rest, of all: values, entropies and gradients of fp64."""
     monkeypatch.setattr(kernels, "CHUNK", chunk)
+    monkeypatch.setattr(kernels, "LEAST", 1)
     for dtype in (torch.float32, torch.float64):
         *inputs, banned = scorer_inputs(11, 5, 13, dtype)
         inputs = *inputs, banned if ban else None, temperature
@@ -312,7 +314,8 @@ def test_token_logprobs(monkeypatch, chunk, ban, temperature):
 
 def test_chunks(monkeypatch):
     """Trap 11: a head gradient summed in bf16 loses small parts; (N, V) logits are gigabytes."""
-    monkeypatch.setattr(kernels, "CHUNK", 8 * 32)
+    monkeypatch.setattr(kernels, "CHUNK", 0)
+    monkeypatch.setattr(kernels, "LEAST", 8)
     hidden, weight, targets, _ = scorer_inputs(4096, 16, 32, torch.bfloat16)
     hidden = (hidden.detach() + 1).requires_grad_()
     with Watch(limit=4096 * 32) as watch:
@@ -464,7 +467,8 @@ def test_leftovers_are_not_seen_and_buffers_stay(vlm):
     sampler, fresh = sampler_of(vlm), sampler_of(vlm)
     wide = sampler.generate(widen(vlm.batch, 64), 8, 12)
     assert sampler.cache.isfinite().all()
-    sampler.cache.fill_(9.0)
+    with torch.inference_mode():
+        sampler.cache.fill_(9.0)
     before = addresses(sampler)
     got, expected = (s.generate(vlm.alone[3], 8, 12, 1.0, vlm.seeds[:1]) for s in (sampler, fresh))
     assert before == addresses(sampler) and sampler.start > fresh.start
@@ -500,7 +504,7 @@ def test_refill_changes_nothing(vlm, rows, places, monkeypatch):
     monkeypatch.setattr(sampler, "admit", watched)
     monkeypatch.setattr(sampler, "step", lambda window: (steps.append(window), step(window)))
     got = sampler.generate(batch, 8, 12, 1.0, seeds)
-    assert len(sampler.seen) == places and sum(count for count, _ in admitted) == 4
+    assert len(sampler.bias) == places and sum(count for count, _ in admitted) == 4
     assert got.rows() == expected.rows() and torch.equal(got.finished, expected.finished)
     close(got.logprobs, expected.logprobs)
     longest = expected.lengths.view(4, 8).max(1)[0]
@@ -536,7 +540,7 @@ def test_copies_only_where_the_type_differs(vlm):
     assert all(map(torch.equal, copied.buffers(), mixed.buffers()))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def test_step_can_be_captured(vlm):
     """Trap 13: no look at a tensor from Python, no shape from data, no buffer that moves."""
     with pytest.raises(AssertionError), Watch():

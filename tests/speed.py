@@ -1,0 +1,200 @@
+"""What `python kernels.py` prints: how long each thing that has to be fast takes on this machine.
+
+Beside it stands the floor, which no code can beat: its operations at the rate of a large product of
+matrices, or what sampling reads (weights and cache) at the rate of a large copy. With --against the
+same is done with transformers and TRL, on the same checkpoint, prompts and lengths, in the same
+run; these libraries are in tests/requirements.txt, and none of them is needed otherwise.
+"""
+import argparse
+import copy
+import functools
+import itertools
+import json
+import pathlib
+import statistics
+import tempfile
+import time
+
+import torch
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import grpo
+import sft
+from evaluate import parse
+from kernels import Sampler, token_logprobs
+from model import fresh, save
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+
+
+def seconds(run):
+    """Median wall time of run() when it is warm, repeated until the times agree within a tenth."""
+    timer = Timer("run()", globals=dict(run=run), num_threads=torch.get_num_threads())
+    return timer.adaptive_autorange(0.1, max_run_time=60).median
+
+
+def operations(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def peak(run):
+    """The most memory that run() holds at a time beyond what was there before, in GB."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()
+    return max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]")) / 1e9
+
+
+def loss_ways(words, width, tokens):
+    """-> the gradients of log-probs in chunks, and with whole logits."""
+    hidden, weight = (torch.randn(n, width, device=DEVICE) / 5 for n in (tokens, words))
+    targets, inputs = torch.arange(tokens, device=DEVICE), (hidden, weight)
+
+    def whole():
+        logp = (hidden @ weight.T).log_softmax(-1)
+        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+        return logp.gather(1, targets[:, None]), entropy
+
+    for x in inputs:
+        x.requires_grad_()
+    return [lambda way=way: torch.autograd.grad(way()[0].sum(), inputs)
+            for way in (lambda: token_logprobs(hidden, weight, targets), whole)]
+
+
+# ---------------------------------------------------------------------------------- their way
+def transformers_generate(directory, batch, group, new_tokens):
+    """-> a function that samples as many tokens with transformers."""
+    from transformers import AutoModelForImageTextToText
+    theirs = AutoModelForImageTextToText.from_pretrained(directory, dtype=DTYPE).to(DEVICE)
+    batch = batch.to(DEVICE)
+    return functools.partial(
+        theirs.generate, input_ids=batch.ids, attention_mask=torch.ones_like(batch.ids),
+        pixel_values=batch.pixels[:, None].to(DTYPE), num_return_sequences=group, do_sample=True,
+        top_k=0, min_new_tokens=new_tokens, max_new_tokens=new_tokens)
+
+
+def trl_seconds(Trainer, Config, directory, rows, reward=None, **options):
+    """Median seconds of ten steps with TRL, from the end of one to the end of the next."""
+    from datasets import Dataset
+    from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+    ends, more = [], dict(reward_funcs=reward) if reward else {}
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            if CUDA:
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as out:
+        config = Config(out, max_steps=12, report_to="none", save_strategy="no", use_cpu=not CUDA,
+                        bf16=CUDA, disable_tqdm=True, logging_strategy="no",
+                        gradient_checkpointing=False, **options)
+        Trainer(AutoModelForImageTextToText.from_pretrained(directory), args=config,
+                train_dataset=Dataset.from_list(rows), callbacks=[Clock()],
+                processing_class=AutoProcessor.from_pretrained(directory), **more).train()
+    return statistics.median(after - before for before, after in zip(ends[1:], ends[2:]))
+
+
+def trl_grpo(directory, examples, group, new_tokens):
+    """Seconds of a GRPO step with TRL; its reward counts a letter, which takes it no time."""
+    from trl import GRPOConfig, GRPOTrainer
+    rows = [dict(prompt=[dict(role="user", content=e.question.removeprefix(data.IMAGE))],
+                 image=e.images[0]) for e in examples]
+    return trl_seconds(
+        GRPOTrainer, GRPOConfig, directory, rows, num_generations=group, beta=0.01,
+        per_device_train_batch_size=len(examples) * group, max_completion_length=new_tokens,
+        generation_kwargs=dict(min_new_tokens=new_tokens),
+        reward=lambda completions, **_: [float(c[0]["content"].count("a")) for c in completions])
+
+
+def trl_sft(directory, examples):
+    """Seconds of an SFT step with TRL on these rows."""
+    from trl import SFTConfig, SFTTrainer
+    rows = [dict(images=e.images, prompt=[dict(role="user", content=[dict(type="image"), dict(
+        type="text", text=e.question.removeprefix(data.IMAGE))])], completion=[dict(
+            role="assistant", content=[dict(type="text", text=e.response)])]) for e in examples]
+    return trl_seconds(SFTTrainer, SFTConfig, directory, rows, max_length=None,
+                       per_device_train_batch_size=len(examples))
+
+
+# ------------------------------------------------------------------------------------ our way
+def run_of(script, model, out, *options):
+    """A run whose steps can be called by hand; its learning rate changes nothing."""
+    words = f"--init {model} --device {DEVICE} --steps 99 --lr 1e-9 --out {out}".split()
+    config = parse(script.Config, [*words, *options])
+    return sft.Run(config, *sft.starting_model(config, None, None), decay=False)
+
+
+def measure(c, row):
+    """Calls row(what, its value, its floor, a rival's value, the rival) for each thing measured."""
+    x = torch.randn(4096, 4096, device=DEVICE, dtype=DTYPE)
+    rate, speed = 2 * 4096 ** 3 / seconds(lambda: x @ x), 2 * x.nbytes / seconds(x.clone)
+    for words, width in ((49_280, 576), (151_936, 1536)):        # SmolVLM-256M's, Qwen2-VL-2B's
+        chunks, whole = loss_ways(words, width, 2048)
+        name = f"loss of 2,048 tokens, {words:,} words"
+        row(name, seconds(chunks), operations(whole) / rate, seconds(whole), "whole logits")
+        row(name, peak(chunks), 4 * words * width / 1e9, peak(whole), "whole logits", "GB")
+    shape, ask = f"{c.prompts} x {c.group} x {c.new_tokens}", (c.group, c.new_tokens)
+    with tempfile.TemporaryDirectory() as directory:
+        if not c.model:
+            c.model = f"{directory}/m"
+            save(*fresh("m", [data.base_example(i) for i in range(1000)], 0), c.model)
+        run = run_of(grpo, c.model, f"{directory}/grpo", *f"--prompts {c.prompts} --group "
+                     f"{c.group} --max-new-tokens {c.new_tokens}".split())
+        some = [data.world_example("train", 1)] * c.prompts      # all alike, so that nothing pads
+        prompts, reference = run.processor.batch(some), copy.deepcopy(run.model)
+        plain = Sampler(run.model, run.sampler.banned, -1, DTYPE, capture=False)
+        run.sampler.stop = -1                                    # and every answer has full length
+
+        def sample(sampler):
+            return lambda: sampler.generate(prompts, *ask)
+
+        took, work = seconds(sample(run.sampler)), operations(sample(plain)) / rate
+        read = plain.cache.nbytes / 2 + sum(p.nbytes for p in plain.model.parameters())
+        read *= c.new_tokens / speed
+        if "transformers" in c.against:
+            theirs = seconds(transformers_generate(c.model, prompts, *ask))
+            row(f"sampler, {shape}", took, max(work, read), theirs, "transformers generate")
+        if CUDA:
+            row("sampler, captured", took, read, seconds(sample(plain)), "the same step, not captured")
+
+        def grpo_step():
+            *experience, _ = grpo.rollout(run, some, prompts, 0)
+            grpo.update(run, reference, some, prompts, *experience)
+
+        theirs = trl_grpo(c.model, some, *ask) if "trl" in c.against else None
+        row(f"GRPO step, {shape}", seconds(grpo_step), operations(grpo_step) / rate, theirs,
+            "TRL's GRPOTrainer")
+        run = run_of(sft, c.model, f"{directory}/sft")
+        some = [data.world_example("train", i) for i in range(64)]
+        ahead = iter(run.processor.ahead(some, itertools.repeat(range(64)), DEVICE))
+        theirs = trl_sft(c.model, some) if "trl" in c.against else None
+        prepared = next(ahead)
+        row("SFT step, 64 rows", seconds(lambda: sft.imitate(run, *next(ahead))),
+            operations(lambda: sft.imitate(run, *prepared)) / rate, theirs, "TRL's SFTTrainer")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="directory (default: random weights of size m)")
+    parser.add_argument("--against", nargs="*", choices=("transformers", "trl"), default=[],
+                        help="libraries to compare with, which have to be installed")
+    for option, default in (("prompts", 32), ("group", 8), ("new-tokens", 48)):
+        parser.add_argument(f"--{option}", type=int, default=default)
+    parser.add_argument("--json", type=pathlib.Path, help="file for the rows")
+    args, rows = parser.parse_args(), []
+
+    def row(name, value, floor, rival=None, than="", unit="s"):
+        rows.append(dict(name=name, value=value, floor=floor, rival=rival, than=than, unit=unit))
+        compared = f"{rival / value:8.2f} x {than}" if rival else ""
+        print(f"{name:38}{value:9.3f} {unit:2}  floor {floor:7.3f} {compared}", flush=True)
+
+    measure(args, row)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
