@@ -16,7 +16,6 @@ import tempfile
 import time
 
 import torch
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -31,9 +30,18 @@ DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 
 
 def seconds(run):
-    """Median wall time of run() when it is warm, repeated until the times agree within a tenth."""
-    timer = Timer("run()", globals=dict(run=run), num_threads=torch.get_num_threads())
-    return timer.adaptive_autorange(0.1, max_run_time=60).median
+    """Wall time of run() with all that it started."""
+    begin = time.perf_counter()
+    run()
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def in_turn(*runs, times=9):
+    """Median seconds of each, warm, in turn: a machine that slows down slows all of them."""
+    rounds = [[seconds(run) for run in runs] for _ in range(times + 1)]
+    return [statistics.median(column) for column in zip(*rounds[1:])]
 
 
 def operations(run):
@@ -78,48 +86,52 @@ def transformers_generate(directory, batch, group, new_tokens):
         top_k=0, min_new_tokens=new_tokens, max_new_tokens=new_tokens)
 
 
-def trl_seconds(Trainer, Config, directory, rows, reward=None, **options):
-    """Median seconds of ten steps with TRL, from the end of one to the end of the next."""
+def trl_steps(mine, Trainer, Config, directory, rows, reward=None, **options):
+    """Median seconds of a step of mine() and of TRL's, loading of data included, in turn."""
     from datasets import Dataset
     from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
-    ends, more = [], dict(reward_funcs=reward) if reward else {}
+    times, more = [], dict(reward_funcs=reward) if reward else {}
 
-    class Clock(TrainerCallback):
+    class Turns(TrainerCallback):
         def on_step_end(self, *_, **__):
             if CUDA:
                 torch.cuda.synchronize()
-            ends.append(time.perf_counter())
+            now = time.perf_counter()
+            if times:
+                times[-1].append(now - self.begin)
+            times.append([seconds(mine)])
+            self.begin = time.perf_counter()
 
     with tempfile.TemporaryDirectory() as out:
         config = Config(out, max_steps=12, report_to="none", save_strategy="no", use_cpu=not CUDA,
                         bf16=CUDA, disable_tqdm=True, logging_strategy="no",
                         gradient_checkpointing=False, **options)
         Trainer(AutoModelForImageTextToText.from_pretrained(directory), args=config,
-                train_dataset=Dataset.from_list(rows), callbacks=[Clock()],
+                train_dataset=Dataset.from_list(rows), callbacks=[Turns()],
                 processing_class=AutoProcessor.from_pretrained(directory), **more).train()
-    return statistics.median(after - before for before, after in zip(ends[1:], ends[2:]))
+    return [statistics.median(column) for column in zip(*times[1:-1])]
 
 
-def trl_grpo(directory, examples, group, new_tokens):
-    """Seconds of a GRPO step with TRL; its reward counts a letter, which takes it no time."""
+def trl_grpo(mine, directory, examples, group, new_tokens):
+    """A GRPO step; the reward counts a letter, which takes no time."""
     from trl import GRPOConfig, GRPOTrainer
     rows = [dict(prompt=[dict(role="user", content=e.question.removeprefix(data.IMAGE))],
                  image=e.images[0]) for e in examples]
-    return trl_seconds(
-        GRPOTrainer, GRPOConfig, directory, rows, num_generations=group, beta=0.01,
+    return trl_steps(
+        mine, GRPOTrainer, GRPOConfig, directory, rows, num_generations=group, beta=0.01,
         per_device_train_batch_size=len(examples) * group, max_completion_length=new_tokens,
         generation_kwargs=dict(min_new_tokens=new_tokens),
         reward=lambda completions, **_: [float(c[0]["content"].count("a")) for c in completions])
 
 
-def trl_sft(directory, examples):
-    """Seconds of an SFT step with TRL on these rows."""
+def trl_sft(mine, directory, examples):
+    """An SFT step on these rows."""
     from trl import SFTConfig, SFTTrainer
     rows = [dict(images=e.images, prompt=[dict(role="user", content=[dict(type="image"), dict(
         type="text", text=e.question.removeprefix(data.IMAGE))])], completion=[dict(
             role="assistant", content=[dict(type="text", text=e.response)])]) for e in examples]
-    return trl_seconds(SFTTrainer, SFTConfig, directory, rows, max_length=None,
-                       per_device_train_batch_size=len(examples))
+    return trl_steps(mine, SFTTrainer, SFTConfig, directory, rows, max_length=None,
+                     per_device_train_batch_size=len(examples))
 
 
 # ------------------------------------------------------------------------------------ our way
@@ -131,14 +143,16 @@ def run_of(script, model, out, *options):
 
 
 def measure(c, row):
-    """Calls row(what, its value, its floor, a rival's value, the rival) for each thing measured."""
+    """Calls row(what, (its value, a rival's), its floor, the rival) for each thing measured."""
     x = torch.randn(4096, 4096, device=DEVICE, dtype=DTYPE)
-    rate, speed = 2 * 4096 ** 3 / seconds(lambda: x @ x), 2 * x.nbytes / seconds(x.clone)
+    product, copied = in_turn(lambda: x @ x, x.clone)
+    rate, speed = 2 * 4096 ** 3 / product, 2 * x.nbytes / copied
     for words, width in ((49_280, 576), (151_936, 1536)):        # SmolVLM-256M's, Qwen2-VL-2B's
         chunks, whole = loss_ways(words, width, 2048)
         name = f"loss of 2,048 tokens, {words:,} words"
-        row(name, seconds(chunks), operations(whole) / rate, seconds(whole), "whole logits")
-        row(name, peak(chunks), 4 * words * width / 1e9, peak(whole), "whole logits", "GB")
+        floor = operations(whole) / rate
+        row(name, in_turn(chunks, whole, times=3), floor, "whole logits")
+        row(name, [peak(chunks), peak(whole)], 4 * words * width / 1e9, "whole logits", "GB")
     shape, ask = f"{c.prompts} x {c.group} x {c.new_tokens}", (c.group, c.new_tokens)
     with tempfile.TemporaryDirectory() as directory:
         if not c.model:
@@ -154,29 +168,29 @@ def measure(c, row):
         def sample(sampler):
             return lambda: sampler.generate(prompts, *ask)
 
-        took, work = seconds(sample(run.sampler)), operations(sample(plain)) / rate
-        read = plain.cache.nbytes / 2 + sum(p.nbytes for p in plain.model.parameters())
-        read *= c.new_tokens / speed
-        if "transformers" in c.against:
-            theirs = seconds(transformers_generate(c.model, prompts, *ask))
-            row(f"sampler, {shape}", took, max(work, read), theirs, "transformers generate")
-        if CUDA:
-            row("sampler, captured", took, read, seconds(sample(plain)), "the same step, not captured")
+        work, read = operations(sample(plain)) / rate, plain.cache.nbytes / 2
+        read = c.new_tokens * (read + sum(p.nbytes for p in plain.model.parameters())) / speed
+        rivals = {"transformers generate": transformers_generate(c.model, prompts, *ask)
+                  } if "transformers" in c.against else {}
+        rivals |= {"the step not captured": sample(plain)} if CUDA else {}
+        for than, rival in rivals.items():
+            row(f"sampler, {shape}", in_turn(sample(run.sampler), rival), max(work, read), than)
 
         def grpo_step():
             *experience, _ = grpo.rollout(run, some, prompts, 0)
             grpo.update(run, reference, some, prompts, *experience)
 
-        theirs = trl_grpo(c.model, some, *ask) if "trl" in c.against else None
-        row(f"GRPO step, {shape}", seconds(grpo_step), operations(grpo_step) / rate, theirs,
-            "TRL's GRPOTrainer")
+        row(f"GRPO step, {shape}", trl_grpo(grpo_step, c.model, some, *ask) if "trl" in c.against
+            else in_turn(grpo_step), operations(grpo_step) / rate, "TRL's GRPOTrainer")
         run = run_of(sft, c.model, f"{directory}/sft")
         some = [data.world_example("train", i) for i in range(64)]
         ahead = iter(run.processor.ahead(some, itertools.repeat(range(64)), DEVICE))
-        theirs = trl_sft(c.model, some) if "trl" in c.against else None
-        prepared = next(ahead)
-        row("SFT step, 64 rows", seconds(lambda: sft.imitate(run, *next(ahead))),
-            operations(lambda: sft.imitate(run, *prepared)) / rate, theirs, "TRL's SFTTrainer")
+
+        def sft_step():
+            sft.imitate(run, *next(ahead))
+
+        row("SFT step, 64 rows", trl_sft(sft_step, c.model, some) if "trl" in c.against
+            else in_turn(sft_step), operations(sft_step) / rate, "TRL's SFTTrainer")
 
 
 def main():
@@ -190,10 +204,11 @@ def main():
     parser.add_argument("--json", type=pathlib.Path, help="file for the rows")
     args, rows = parser.parse_args(), []
 
-    def row(name, value, floor, rival=None, than="", unit="s"):
-        rows.append(dict(name=name, value=value, floor=floor, rival=rival, than=than, unit=unit))
-        compared = f"{rival / value:8.2f} x {than}" if rival else ""
-        print(f"{name:38}{value:9.3f} {unit:2}  floor {floor:7.3f} {compared}", flush=True)
+    def row(name, values, floor, than, unit="s"):
+        mine, *rival = values
+        rows.append(dict(name=name, value=mine, unit=unit, floor=floor, rival=rival, than=than))
+        compared = f"{rival[0] / mine:8.2f} x less than {than}" if rival else ""
+        print(f"{name:38}{mine:9.3f} {unit:2}  floor {floor:7.3f} {compared}", flush=True)
 
     measure(args, row)
     if args.json:
