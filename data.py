@@ -11,7 +11,6 @@ import os
 import pathlib
 import random
 import re
-import signal
 import zlib
 from collections import namedtuple
 from dataclasses import dataclass, field, replace
@@ -418,9 +417,8 @@ CHAT_TEMPLATE = ("<|im_start|>{% for message in messages %}{{ message.role | cap
 def train_tokenizer(examples, vocabulary=2048):
     """Byte-level BPE with single digits; the tags of an answer are one token each."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r" ?\d"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    digits = pre_tokenizers.Split(Regex(r" ?\d"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(False)])
     tokenizer.decoder = decoders.ByteLevel()
     texts = (f"{example.question} {example.response}" for example in examples)
     texts = [re.sub("</?(image|think|answer)>", "\n", text) for text in texts]
@@ -519,11 +517,6 @@ def rope_positions(ids, grids, image):
 PROMPT = dict(system="", instruction="", answer_format="tags", longest_edge=0)
 
 
-def stay(_):
-    """A worker lives through Ctrl-C, so that the step that it works for can end and be saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 class Processor:
     """All that stands between text and ids for one checkpoint; here SmolVLM's and Idefics3's.
     files: {name: text}, what other programs read of it; kept as it came."""
@@ -597,8 +590,9 @@ class Processor:
 
     def ahead(self, examples, batches, device):
         """Iterates over `prepare` of each batch of indices, made by workers while a GPU computes."""
-        return DataLoader(examples, batch_sampler=batches, collate_fn=self.prepare, worker_init_fn=stay,
-                          num_workers=min(8, os.cpu_count() // 2) if device == "cuda" else 0)
+        workers = min(8, os.cpu_count() // 2) if device == "cuda" else 0
+        return DataLoader(examples, batch_sampler=batches, collate_fn=self.prepare,
+                          num_workers=workers)
 
     def banned(self, vocabulary):
         """(V,) True for ids that only prompts may hold, and for ids without a token."""

@@ -108,13 +108,13 @@ if triton:
         head = ((b * G + member) * K + k_head) * PER + query % PER         # among all R * H
         there = (member < G)[:, None] & (e < E)
         asked = load(q + head[:, None] * E + e, there)
-        best, total = tl.full((ROWS, 1), -1e30, tl.float32), tl.zeros((ROWS, 1), tl.float32)
+        best, total = tl.full((ROWS, 1), -1e30, tl.float32), tl.full((ROWS, 1), 1e-30, tl.float32)
         mixed, end = tl.zeros((ROWS, WIDTH), tl.float32), tl.load(ends + b)
         for start in range(split * share, tl.minimum(end, (split + 1) * share), SLOTS):
             slot = start + at
-            cache, inside = ((b * room + slot[:, None]) * K + k_head) * E + e, slot[:, None] < end
-            key, value = (load(keys + cache, inside & (e < E)), load(values + cache,
-                                                                     inside & (e < E)))
+            cache = ((b * room + slot[:, None]) * K + k_head) * E + e
+            inside = (slot[:, None] < end) & (e < E)
+            key, value = load(keys + cache, inside), load(values + cache, inside)
             added = tl.load(bias + (b * G + member[:, None]) * room + slot[None],
                             (member < G)[:, None] & (slot < end)[None], -1e30).to(tl.float32)
             score = tl.dot(asked, tl.trans(key), input_precision=PRECISION) * scale + added
@@ -124,8 +124,8 @@ if triton:
             total = total * shrink + tl.sum(part, 1, keep_dims=True)
             best = higher
         head += split * rows
-        tl.store(parts + head[:, None] * E + e, mixed / tl.maximum(total, 1e-30), there)
-        tl.store(sums + head[:, None], best + tl.log(tl.maximum(total, 1e-30)), member[:, None] < G)
+        tl.store(parts + head[:, None] * E + e, mixed / total, there)
+        tl.store(sums + head[:, None], best + tl.log(total), member[:, None] < G)
 
     @triton.jit
     def merge_kernel(parts, sums, out, rows, splits, E, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
@@ -134,20 +134,19 @@ if triton:
         split = tl.arange(0, SPLITS)[:, None]
         weight = tl.load(sums + split * rows + head, split < splits, -1e30)
         weight = tl.exp(weight - tl.max(weight, 0, keep_dims=True))
-        at, there = (split * rows + head) * E + e, (split < splits) & (e < E)
-        mixed = tl.sum(weight * load(parts + at, there), 0, keep_dims=True)
-        tl.store(out + head * E + e, mixed / tl.sum(weight, 0, keep_dims=True), e < E)
+        part = load(parts + (split * rows + head) * E + e, (split < splits) & (e < E))
+        mixed = tl.sum(weight * part, 0, keep_dims=True) / tl.sum(weight, 0, keep_dims=True)
+        tl.store(out + head * E + e, mixed, e < E)
 
     @triton.jit
-    def sample_kernel(hidden, weight, banned, scale, noise, keys, tokens, figures, rows, width,
+    def sample_kernel(hidden, weight, banned, scale, noise, keys, best, found, sums, rows, width,
                       vocabulary, share, ROWS: tl.constexpr, PRECISION: tl.constexpr):
-        """ROWS rows over `share` words: the head, the ban, the noise, the best, its logit, the sum
-        of all exponentials. Logits never leave the chip."""
-        row, at, split = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, 64), 0
+        """ROWS rows over `share` words: head, ban, noise, arg-max; logits never leave the chip."""
+        row, at = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, 64)
         split, inside = tl.program_id(1), row < rows
         key, factor, loud = tl.load(keys + row, inside, 0), tl.load(scale), tl.load(noise)
-        best, top = tl.full((ROWS,), -float("inf"), tl.float32), tl.full((ROWS,), -1e30, tl.float32)
-        token, said, total = tl.zeros((ROWS,), tl.int32), top, tl.zeros((ROWS,), tl.float32)
+        peak, top = tl.full((ROWS,), -float("inf"), tl.float32), tl.full((ROWS,), -1e30, tl.float32)
+        token, total = tl.zeros((ROWS,), tl.int64), tl.zeros((ROWS,), tl.float32)
         for start in range(split * share, tl.minimum((split + 1) * share, vocabulary), 64):
             word, logit = start + at, tl.zeros((ROWS, 64), tl.float32)
             for chunk in range(0, width, 64):
@@ -162,18 +161,13 @@ if triton:
             higher = tl.maximum(top, tl.max(logit, 1))
             total = total * tl.exp(top - higher) + tl.sum(tl.exp(logit - higher[:, None]), 1)
             bits = mix_kernel(key[:, None] ^ mix_kernel(word)[None]) >> 9 & 0x7FFFFF
-            uniform = (bits.to(tl.float32) + 0.5) * 2 ** -23
-            score = logit - loud * tl.log(-tl.log(uniform))
-            peak, first, top = tl.max(score, 1), tl.argmax(score, 1), higher
-            there = tl.sum(tl.where(at[None] == first[:, None], logit, 0.0), 1)
-            token, said = tl.where(peak > best, start + first, token), tl.where(peak > best, there,
-                                                                               said)
-            best = tl.maximum(best, peak)
-        out, size = split * rows + row, tl.num_programs(1) * rows
-        tl.store(tokens + out, token, inside)
-        tl.store(figures + out, best, inside)
-        tl.store(figures + size + out, said, inside)
-        tl.store(figures + 2 * size + out, top + tl.log(total), inside)
+            logit -= loud * tl.log(-tl.log((bits.to(tl.float32) + 0.5) * 2 ** -23))
+            token = tl.where(tl.max(logit, 1) > peak, start + tl.argmax(logit, 1), token)
+            peak, top = tl.maximum(peak, tl.max(logit, 1)), higher
+        out = split * rows + row
+        tl.store(best + out, peak, inside)
+        tl.store(found + out, token, inside)
+        tl.store(sums + out, top + tl.log(total), inside)
 
 
 def rms_norm_triton(x, delta, weight, eps):
@@ -265,17 +259,16 @@ def gumbel(keys, vocabulary):
 
 
 def sample_triton(hidden, weight, banned, scale, noise, keys):
-    (rows, width), vocabulary = hidden.shape, len(weight)
-    splits, wide = triton.cdiv(vocabulary, 1024), hidden.dtype == torch.float32
+    (rows, width), wide = hidden.shape, hidden.dtype == torch.float32
     size = max(16, triton.next_power_of_2(min(rows, 16 if wide else 64)))
-    tokens = torch.empty(splits, rows, dtype=torch.int32, device=hidden.device)
-    best, said, sums = figures = torch.empty(3, splits, rows, device=hidden.device)
-    sample_kernel[(triton.cdiv(rows, size), splits)](
-        hidden, weight, banned, scale, noise, keys, tokens, figures, rows, width, vocabulary, 1024,
-        size, "ieee" if wide else "tf32", num_warps=8)
-    winner = best.argmax(0, keepdim=True)
-    tokens, said = (x.gather(0, winner)[0] for x in (tokens, said))
-    return tokens.long(), said - sums.logsumexp(0)
+    best, found, sums = torch.zeros(3, triton.cdiv(len(weight), 1024), rows, device=hidden.device)
+    found = found.long()
+    sample_kernel[(triton.cdiv(rows, size), len(best))](
+        hidden, weight, banned, scale, noise, keys, best, found, sums, rows, width, len(weight),
+        1024, size, "ieee" if wide else "tf32", num_warps=8)
+    token = found.gather(0, best.argmax(0, keepdim=True))[0]
+    logit = (hidden.float() * weight[token].float()).sum(1) * scale
+    return token, logit - sums.logsumexp(0)
 
 
 @on_cuda(sample_triton)
@@ -389,80 +382,65 @@ class Sampler:
         """Buffers for so many groups, kept where they fit. Nobody is in there yet."""
         if places > self.shape[0] or self.shape[1:] != (group, new_tokens) or width > self.start:
             self.shape, self.start, self.graph = (places, group, new_tokens), -(-width // 8) * 8, None
-            c, like = self.model.config.text, self.model.lm_head.weight
-            room, rows = self.start + (new_tokens + 1) * group, places * group
+            c, like, rows = self.model.config.text, self.model.lm_head.weight, places * group
+            room, zeros = self.start + (new_tokens + 1) * group, functools.partial(
+                torch.zeros, device=self.device, dtype=torch.long)
             self.cache = like.new_zeros(c.num_hidden_layers, 2, places, room, c.num_key_value_heads,
                                         c.head_dim)
-            flag, zeros = torch.bool, functools.partial(torch.zeros, device=self.device)
-            self.bias, self.done = like.new_zeros(places, group, room), zeros(rows, dtype=flag)
-            self.token, self.slot, self.position, self.clock, self.length, self.stream = (
-                zeros(rows, dtype=kind) for kind in [torch.long] * 5 + [torch.int32])
-            self.ids = zeros(rows, new_tokens + 1, dtype=torch.long)      # the last column takes
-            self.logprobs = zeros(rows, new_tokens + 1)                   # what follows the end
-            self.heat = zeros(2)
+            self.bias, self.heat = like.new_zeros(places, group, room), zeros(2).float()
+            self.token, self.origin, self.clock, self.length = zeros(4, rows).unbind()
+            self.stream, self.done = zeros(rows).int(), zeros(rows).bool()
+            self.ids = zeros(rows, new_tokens + 1)       # the last column takes what follows the end
+            self.logprobs = self.ids.float()
         self.done.fill_(True)
 
     def admit(self, prompts, places, seeds):
         """Reads prompts; the rollouts of each start in its place, with its last token."""
-        prompts, seeds = prompts.to(self.device), seeds.to(self.device).int()
-        (count, width), G = prompts.ids.shape, self.shape[1]
-        last, step = torch.arange(count, device=self.device), torch.arange(G, device=self.device)
-        last = last, prompts.lengths - 1
+        prompts, width, G = prompts.to(self.device), prompts.ids.shape[1], self.shape[1]
+        last, member = prompts.lengths[:, None] - 1, torch.arange(G, device=self.device)
         cache = torch.stack([torch.stack(pair) for pair in self.model(prompts)[1]])
         self.cache[:, :, places, :width] = cache.to(self.cache.dtype)
         self.bias[places] = NEGATIVE
-        self.bias[places, :, :width] *= ~up_to(last[1], width)[:, None]
-        for buffer, value in (
-                (self.token, prompts.ids[last][:, None]), (self.slot, self.start + step),
-                (self.position, prompts.positions[..., 0][last][:, None]), (self.clock, 0),
-                (self.length, 0), (self.done, False), (self.ids, 0), (self.logprobs, 0.0),
-                (self.stream, mix(mix(seeds)[:, None] ^ mix(step.int() + 0x5EED)))):
-            buffer.unflatten(0, (-1, G))[places] = torch.as_tensor(value, device=self.device)
+        self.bias[places, :, :width] *= ~up_to(last[:, 0], width)[:, None]
+        seeds = mix(seeds.to(self.device).int())[:, None]
+        for name, value in dict(
+                token=prompts.ids.gather(1, last), clock=0, length=0, done=False, ids=0, logprobs=0,
+                origin=prompts.positions[..., 0].gather(1, last),
+                stream=mix(seeds ^ mix(member.int() + 0x5EED))).items():
+            buffer = getattr(self, name)
+            buffer.unflatten(0, (-1, G))[places] = torch.as_tensor(value).to(buffer)
 
     def step(self, window):
         """One token a row, within a window of slots. What follows a row's end is kept nowhere."""
-        (places, G, N), slots = self.shape, self.slot.view(len(self.bias), -1)
-        self.bias.scatter_(2, slots[..., None], 0.0)
-        ends = slots[:, -1] + 1
+        (_, G, N), row = self.shape, torch.arange(len(self.clock), device=self.device)
+        slot = self.start + self.clock * G + row % G
+        self.bias.scatter_(2, slot.view(-1, G, 1), 0.0)
+        ends = slot[G - 1::G] + 1
 
         def attend(layer, q, k, v, rope):
             keys, values = self.cache[layer, :, :, :window]
-            q = rotary_cache(q, k, v, *rope, keys, values, self.slot)
+            q = rotary_cache(q, k, v, *rope, keys, values, slot)
             return decode_attention(q, keys, values, self.bias[:, :, :window], ends)
 
         text = self.model.text
-        hidden = text(text.embed_tokens(self.token), self.position, attend)
+        hidden = text(text.embed_tokens(self.token), self.origin + self.clock, attend)
         token, logprob = sample(hidden, self.model.lm_head.weight, self.banned,
                                 *self.heat.split(1), mix(self.stream ^ mix(self.clock.int())))
-        self.ids.scatter_(1, self.clock[:, None], token.masked_fill(self.done, 0)[:, None])
-        self.logprobs.scatter_(1, self.clock[:, None], logprob.masked_fill(self.done, 0)[:, None])
+        for kept, new in ((self.ids, token), (self.logprobs, logprob)):
+            kept.scatter_(1, self.clock[:, None], new.masked_fill(self.done, 0)[:, None])
         self.token.copy_(torch.where(self.done, self.token, token))
         self.length += ~self.done
         self.done |= (token == self.stop) | (self.clock >= N - 1)
-        more = (self.clock < N).long()
-        self.clock += more
-        self.position += more
-        self.slot += more * G
-
-    def advance(self):
-        """The step, replayed once it is captured; the first one has compiled the kernels."""
-        if self.graph:
-            return self.graph.replay()
-        on_gpu = self.device.type == "cuda"
-        self.step(self.cache.shape[3] if on_gpu else int(self.slot.max()) + 1)
-        if self.capture:
-            self.graph = torch.cuda.CUDAGraph()          # capturing computes nothing
-            with torch.cuda.graph(self.graph):
-                self.step(self.cache.shape[3])
+        self.clock += self.clock < N
 
     def generate(self, prompts, group=1, new_tokens=48, temperature=1.0, seeds=None):
         """Batch of B prompts -> Rollouts of B * group rows. temperature 0 is greedy.
         seeds (B,): one per prompt; the same seed gives the same rollouts in any company."""
-        (B, width), taken, device = prompts.ids.shape, 0, self.device
+        (B, width), taken, zeros = prompts.ids.shape, 0, functools.partial(
+            torch.zeros, len(prompts.ids), group, dtype=torch.long, device=self.device)
         seeds = torch.arange(B) if seeds is None else seeds
-        ids, length, token = (torch.zeros(B, group, *more, dtype=torch.long, device=device)
-                              for more in ([new_tokens + 1], [], []))
-        kept = dict(ids=ids, length=length, token=token, logprobs=torch.zeros_like(ids).float())
+        kept = dict(ids=zeros(new_tokens + 1), length=zeros(), token=zeros())
+        kept["logprobs"] = kept["ids"].float()
         owner = torch.full((min(B, max(1, self.rows // group)),), -1)    # the prompt in each place
         with torch.inference_mode():
             self.reserve(len(owner), group, new_tokens, width)
@@ -480,10 +458,19 @@ class Sampler:
                     owner[free] = torch.arange(taken, taken + len(free))
                     self.admit(prompts.part(taken, taken + len(free)), free, seeds[owner[free]])
                     taken += len(free)
-                for _ in range(1 if device.type == "cpu" else 16):
-                    self.advance()
+                for _ in range(16 if self.banned.is_cuda else 1):
+                    if self.graph:
+                        self.graph.replay()
+                        continue
+                    room = self.cache.shape[3]           # on a CPU, up to the last slot in use
+                    used = 0 if self.banned.is_cuda else (int(self.clock.max()) + 1) * group
+                    self.step(self.start + used if used else room)
+                    if self.capture:                     # that step has compiled the kernels;
+                        self.graph = torch.cuda.CUDAGraph()        # capturing computes nothing
+                        with torch.cuda.graph(self.graph):
+                            self.step(room)
         ids, length, token, logprobs = (whole.flatten(0, 1) for whole in kept.values())
-        return Rollouts(ids[:, :-1].clone(), length, logprobs[:, :-1].clone(), token == self.stop)
+        return Rollouts(ids[:, :-1], length, logprobs[:, :-1], token == self.stop)
 
 
 if __name__ == "__main__":

@@ -348,31 +348,24 @@ class VLM(nn.Module):
         hidden, cache = self.run(x, ragged.pack(batch.positions), ragged)
         return ragged.pad(hidden), cache
 
-    def fork(self, prompts, cache, ids, mask, group):
-        """Continues each prompt with its group of rollouts, which attend to it and to themselves.
-        ids (R, N), the first column the prompts' last token; mask (R, N) -> hidden states (M, D)
-        of the tokens under the mask."""
-        last, step = (prompts.lengths - 1)[:, None], torch.arange(ids.shape[1], device=ids.device)
-        positions = prompts.positions[..., 0].gather(1, last).repeat_interleave(group, 0) + step
-        seen = up_to(last[:, 0].repeat_interleave(group), prompts.ids.shape[1])    # (R, T)
-        seen = torch.cat([seen[:, None].expand(-1, len(step), -1),
-                          (step <= step[:, None]).expand(len(ids), -1, -1)], -1)[:, None]
-        ragged = Ragged(mask)
-        x = self.text.embed_tokens(ragged.pack(ids))
-        return self.run(x, ragged.pack(positions), ragged, seen,
-                        lambda layer: [x.repeat_interleave(group, 0) for x in cache[layer]])[0]
-
     def score(self, prompts, ids, mask, group=1, banned=None, temperature=1.0):
         """Log-prob and entropy of every response token: the one scorer of SFT, GRPO and tests.
         prompts: Batch of B; ids (R, N) responses; mask (R, N) True where a token counts
-        -> two tensors (R, N), zero where the mask is False. Prompts are read once per group."""
-        last = prompts.ids.gather(1, (prompts.lengths - 1)[:, None]).repeat_interleave(group, 0)
-        inputs = torch.cat([last, ids[:, :-1]], 1)
-        hidden = self.fork(prompts, self(prompts)[1], inputs, mask, group)     # (M, D)
-        logprob, entropy = token_logprobs(hidden, self.lm_head.weight, ids[mask], banned,
-                                          temperature)
-        place = torch.zeros(ids.shape, dtype=logprob.dtype, device=ids.device)
-        return place.masked_scatter(mask, logprob), place.masked_scatter(mask, entropy)
+        -> two tensors (R, N), zero where the mask is False. Prompts are read once; their rollouts
+        begin with the prompt's last token, and attend to the prompt and to themselves."""
+        last, step = (prompts.lengths - 1)[:, None], torch.arange(ids.shape[1], device=ids.device)
+        token, start, length = (x.gather(1, last).repeat_interleave(group, 0) for x in (
+            prompts.ids, prompts.positions[..., 0], last.expand_as(prompts.ids)))
+        seen = up_to(length[:, 0], prompts.ids.shape[1])                       # (R, T)
+        seen = torch.cat([seen[:, None].expand(-1, len(step), -1),
+                          (step <= step[:, None]).expand(len(ids), -1, -1)], -1)[:, None]
+        ragged, cache = Ragged(mask), self(prompts)[1]
+        x = self.text.embed_tokens(ragged.pack(torch.cat([token, ids[:, :-1]], 1)))
+        hidden, _ = self.run(x, ragged.pack(start + step), ragged, seen, lambda layer: [
+            x.repeat_interleave(group, 0) for x in cache[layer]])              # (M, D)
+        figures = token_logprobs(hidden, self.lm_head.weight, ids[mask], banned, temperature)
+        place = torch.zeros(ids.shape, dtype=figures[0].dtype, device=ids.device)
+        return [place.masked_scatter(mask, figure) for figure in figures]
 
 
 # ------------------------------------------------------------------- to fit a consumer's GPU
@@ -394,10 +387,6 @@ class LoRA(nn.Linear):
             return super().forward(x)
         low = F.linear(x, self.lora_A.weight.type_as(x))
         return super().forward(x) + self.scale * F.linear(low, self.lora_B.weight.type_as(x))
-
-    def merged(self):
-        """W + alpha / rank B A, in fp32."""
-        return self.weight.float() + self.scale * (self.lora_B.weight @ self.lora_A.weight).float()
 
 
 def add_lora(model, rank, alpha, targets, base=None):
@@ -444,17 +433,13 @@ SIDE_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer_co
 
 def tabletop_files(processor):
     """{name: text} of the side files of a model made from scratch."""
-    files = {
-        "preprocessor_config.json": dict(
-            image_processor_type="Idefics3ImageProcessor", image_mean=processor.MEAN,
-            image_std=processor.STD, max_image_size={"longest_edge": processor.tile}),
-        "processor_config.json": dict(processor_class="Idefics3Processor",
-                                      image_seq_len=processor.image_tokens),
-        "tokenizer_config.json": dict(
-            tokenizer_class="PreTrainedTokenizerFast", bos_token=data.START, eos_token=data.STOP,
-            pad_token=data.PAD)}
-    return {"chat_template.jinja": data.CHAT_TEMPLATE} | {
-        name: json.dumps(content) for name, content in files.items()}
+    image = dict(image_processor_type="Idefics3ImageProcessor", image_mean=processor.MEAN,
+                 image_std=processor.STD, max_image_size={"longest_edge": processor.tile})
+    whole = dict(processor_class="Idefics3Processor", image_seq_len=processor.image_tokens)
+    words = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=data.START,
+                 eos_token=data.STOP, pad_token=data.PAD)
+    return dict(zip(SIDE_FILES, map(json.dumps, (image, whole, words)))) | {
+        "chat_template.jinja": data.CHAT_TEMPLATE}
 
 
 def hub_name(name):
@@ -464,8 +449,9 @@ def hub_name(name):
 
 def hub_state(model):
     """The tensors as others know them: names of the hub, adapters merged, no head that is tied."""
-    lora = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, LoRA)}
-    return {hub_name(name): lora[name].merged().cpu() if name in lora else tensor
+    added = {f"{name}.weight": m.scale * (m.lora_B.weight @ m.lora_A.weight).float()
+             for name, m in model.named_modules() if isinstance(m, LoRA)}
+    return {hub_name(name): (tensor + added[name]).cpu() if name in added else tensor
             for name, tensor in model.state_dict().items()
             if "lora_" not in name and not (model.config.tied and name == "lm_head.weight")}
 

@@ -128,9 +128,10 @@ class Run:
         check_tensors(self.trained, weights, self.state)
         for name, p in self.trained.items():
             p.data.copy_(weights[name])
-            self.optimizers[name].state[p] = {
-                key[len(name) + 1:]: tensor for key, tensor in tensors.items()
-                if key.rpartition("/")[0] == name and not key.endswith("/weight")}
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition("/")
+            if part != "weight":
+                self.optimizers[name].state[self.trained[name]][part] = tensor
 
     def save(self):
         """The checkpoint that others open; last, in one atomic file, the state to resume from."""
@@ -188,8 +189,8 @@ class Run:
         all steps are done or Ctrl-C. `waited`: the seconds in which that was not ready."""
         c, stop = self.config, []
         batches = (pick(len(examples), size, step, c.seed) for step in range(self.step, c.steps))
+        before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))    # workers inherit it
         ahead = iter(self.processor.ahead(examples, batches, c.device))
-        before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
         if self.step == 0:
             self.validate()
         bar = tqdm(range(self.step, c.steps), c.out, initial=self.step, total=c.steps, disable=None)
@@ -218,14 +219,12 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         shapes, group = {}, self.param_groups[0]
-        for p in group["params"]:
-            if p.grad is not None:
-                shapes.setdefault(p.shape, []).append(p)
+        for p in filter(lambda p: p.grad is not None, group["params"]):
+            shapes.setdefault(p.shape, []).append(p)
         for (rows, columns), some in shapes.items():
-            momentum = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                        for p in some]
-            torch._foreach_lerp_(momentum, [p.grad for p in some], 0.05)
-            x = torch.stack(torch._foreach_lerp([p.grad for p in some], momentum, 0.95)).bfloat16()
+            held = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in some]
+            torch._foreach_lerp_(held, [p.grad for p in some], 0.05)
+            x = torch.stack(torch._foreach_lerp([p.grad for p in some], held, 0.95)).bfloat16()
             x = x.mT if rows > columns else x
             x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
             for _ in range(5):
@@ -233,8 +232,8 @@ class Muon(torch.optim.Optimizer):
                 x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x,
                                   beta=3.4445)
             x = (x.mT if rows > columns else x).to(some[0].dtype)
-            torch._foreach_add_(some, x.unbind(),
-                                alpha=-0.2 * group["lr"] * math.sqrt(max(rows, columns)))
+            rate = -0.2 * group["lr"] * math.sqrt(max(rows, columns))
+            torch._foreach_add_(some, x.unbind(), alpha=rate)
 
 
 def make_optimizers(trained, lr):
@@ -247,18 +246,14 @@ def make_optimizers(trained, lr):
     return {name: muon if name in matrices else adamw for name in trained}
 
 
-def base_model(device):
-    """The directory of the world's base model, made by sft.py --stage base if there is none."""
-    path = pathlib.Path("runs/base/run.json")
-    if not path.exists() or not read_json(path).get("finished"):
-        run_command(f"python sft.py --stage base --out runs/base --device {device} --resume")
-    return "runs/base"
-
-
 def starting_model(c, small, published):
-    """-> model and processor; under LoRA in bf16 on CUDA. Without --lr, the rate is what val chose
-    for small models, or what the paper published for large ones, with LoRA ten times as much."""
-    c.init = c.init or base_model(c.device)
+    """-> model and processor; under LoRA in bf16 on CUDA. Without --init, the world's base model,
+    made by sft.py --stage base if there is none. Without --lr, the rate is what val chose for small
+    models, or what the paper published for large ones, with LoRA ten times as much."""
+    base = pathlib.Path("runs/base/run.json")
+    if not c.init and not (base.exists() and read_json(base).get("finished")):
+        run_command(f"python sft.py --stage base --out runs/base --device {c.device} --resume")
+    c.init = c.init or "runs/base"
     thin = c.lora_rank and c.device == "cuda"
     model, processor = load(c.init, c.device, torch.bfloat16 if thin else torch.float32, c.prompt())
     large = sum(p.numel() for p in model.parameters()) > 5e7
