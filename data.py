@@ -262,8 +262,7 @@ class World:
         return len(self.indices)
 
     def __getitem__(self, index):
-        found = self.indices[index]                  # an IndexError ends a `for`
-        return [self.make(i) for i in found] if isinstance(index, slice) else self.make(found)
+        return self.make(self.indices[index])        # an IndexError ends a `for`
 
 
 # ------------------------------------------------------------------------------- JSONL files
@@ -585,11 +584,11 @@ class Processor:
         return Batch(ids, lengths, positions, pixels, grids, torch.tensor(counts))
 
     def prepare(self, examples):
-        """All that a step needs of its examples: themselves, their prompts, their responses' ids."""
+        """What a step needs of its examples: themselves, their prompts, their responses' ids."""
         return examples, self.batch(examples), [self.response_ids(e.response) for e in examples]
 
     def ahead(self, examples, batches, device):
-        """Iterates over `prepare` of each batch of indices, made by workers while a GPU computes."""
+        """Yields `prepare` of each batch of indices, made by workers while a GPU computes."""
         workers = min(8, os.cpu_count() // 2) if device == "cuda" else 0
         return DataLoader(examples, batch_sampler=batches, collate_fn=self.prepare,
                           num_workers=workers)

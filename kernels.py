@@ -216,12 +216,13 @@ def rotary_cache(q, k, v, cos, sin, keys, values, slots):
 def decode_attention_triton(q, keys, values, bias, ends):
     (rows, H, E), (B, room, K, _), G, out = q.shape, keys.shape, bias.shape[1], torch.empty_like(q)
     splits, queries, wide = min(8, triton.cdiv(room, 256)), G * H // K, q.dtype == torch.float32
-    size, width = (max(16, triton.next_power_of_2(n)) for n in (min(queries, 16 if wide else 32), E))
+    size, width = (max(16, triton.next_power_of_2(n))
+                   for n in (min(queries, 16 if wide else 32), E))
     parts, sums = (torch.empty(splits, rows * H, n, device=q.device) for n in (E, 1))
     decode_attention_kernel[(B * K, triton.cdiv(queries, size), splits)](
         q, keys, values, bias, ends, parts, sums, keys.stride(0) // keys.stride(1), E ** -0.5,
         triton.cdiv(room, 64 * splits) * 64, rows * H, G, K, H // K, E, size, width,
-        min(64, 4096 // width), "ieee" if wide else "tf32", num_warps=8)                         # bf16 is exact in tf32
+        min(64, 4096 // width), "ieee" if wide else "tf32", num_warps=8)    # bf16 is exact in tf32
     merge_kernel[(rows * H,)](parts, sums, out, rows * H, splits, E, 8, width)
     return out
 
@@ -254,8 +255,7 @@ def gumbel(keys, vocabulary):
     """Standard Gumbel noise (R, V) that depends on (key, token id) alone. keys (R,) int32."""
     words = mix(torch.arange(vocabulary, dtype=torch.int32, device=keys.device))
     bits = mix(keys[:, None] ^ words) >> 9 & 0x7FFFFF
-    uniform = bits.float().add_(0.5).mul_(2 ** -23)                      # neither 0 nor 1
-    return uniform.log_().neg_().log_().neg_()
+    return bits.float().add_(0.5).mul_(2 ** -23).log_().neg_().log_().neg_()   # of neither 0 nor 1
 
 
 def sample_triton(hidden, weight, banned, scale, noise, keys):
@@ -273,8 +273,9 @@ def sample_triton(hidden, weight, banned, scale, noise, keys):
 
 @on_cuda(sample_triton)
 def sample(hidden, weight, banned, scale, noise, keys):
-    """Draws from softmax(scale * h Wᵀ) without banned ids, by Gumbel arg-max in fp32. hidden (R, D);
-    weight (V, D); scale 1/T, noise 1, or 1, 0 to be greedy; keys (R,) int32 -> tokens, log-probs."""
+    """Draws from softmax(scale * h Wᵀ) without banned ids, by Gumbel arg-max in fp32. hidden
+    (R, D); weight (V, D); scale 1/T, noise 1, or 1, 0 for greedy; keys (R,) int32 -> tokens,
+    log-probs (R,)."""
     logits = (hidden @ weight.T).float().mul_(scale).masked_fill_(banned, NEGATIVE)
     tokens = gumbel(keys, len(weight)).mul_(noise).add_(logits).argmax(-1)
     return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
@@ -318,7 +319,8 @@ class TokenLogprobs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for part, logits in chunk_logits(hidden, weight, banned, ctx.scale):
                 factor = (grad[part] * ctx.scale)[:, None]
-                slope = logits.softmax(-1).mul_(-factor).scatter_add_(1, targets[part, None], factor)
+                slope = logits.softmax(-1).mul_(-factor)
+                slope.scatter_add_(1, targets[part, None], factor)
                 grad_hidden[part] = slope.to(weight.dtype) @ weight
                 if grad_weight is not None:
                     grad_weight.addmm_(slope.T, hidden[part].to(slope.dtype))
@@ -357,9 +359,8 @@ class Sampler:
     group are one matrix. Places whose group has ended take the next prompts (in-flight batching).
 
     banned (V,): never sampled. With another `dtype` it samples from copied weights, which `refresh`
-    updates in place. At most `rows` rollouts at once, or as many as 1,000 tokens each in 4 GiB
-    hold. A row's randomness depends on (seed of its prompt, member, token index) alone, not on
-    other rows, batch size or device."""
+    updates in place. rows: rollouts at once, at most what 4 GiB hold at 1,000 tokens each. A row's
+    randomness depends on (seed of its prompt, member, token index) alone, not on its company."""
     def __init__(self, model, banned, stop, dtype=None, capture=True, rows=1024):
         self.source = self.model = model
         if dtype not in (None, next(model.parameters()).dtype):
@@ -381,16 +382,17 @@ class Sampler:
     def reserve(self, places, group, new_tokens, width):
         """Buffers for so many groups, kept where they fit. Nobody is in there yet."""
         if places > self.shape[0] or self.shape[1:] != (group, new_tokens) or width > self.start:
-            self.shape, self.start, self.graph = (places, group, new_tokens), -(-width // 8) * 8, None
+            self.shape, self.graph = (places, group, new_tokens), None
+            self.start = width + -width % 8              # where answers begin
             c, like, rows = self.model.config.text, self.model.lm_head.weight, places * group
-            room, zeros = self.start + (new_tokens + 1) * group, functools.partial(
-                torch.zeros, device=self.device, dtype=torch.long)
+            room = self.start + (new_tokens + 1) * group
+            zeros = functools.partial(like.new_zeros, dtype=torch.long)
             self.cache = like.new_zeros(c.num_hidden_layers, 2, places, room, c.num_key_value_heads,
                                         c.head_dim)
-            self.bias, self.heat = like.new_zeros(places, group, room), zeros(2).float()
-            self.token, self.origin, self.clock, self.length = zeros(4, rows).unbind()
-            self.stream, self.done = zeros(rows).int(), zeros(rows).bool()
-            self.ids = zeros(rows, new_tokens + 1)       # the last column takes what follows the end
+            self.bias, self.heat = like.new_zeros(places, group, room), zeros((2,)).float()
+            self.token, self.origin, self.clock, self.length = zeros((4, rows)).unbind()
+            self.stream, self.done = zeros((rows,)).int(), zeros((rows,)).bool()
+            self.ids = zeros((rows, new_tokens + 1))     # the last column: what follows the end
             self.logprobs = self.ids.float()
         self.done.fill_(True)
 
@@ -436,21 +438,21 @@ class Sampler:
     def generate(self, prompts, group=1, new_tokens=48, temperature=1.0, seeds=None):
         """Batch of B prompts -> Rollouts of B * group rows. temperature 0 is greedy.
         seeds (B,): one per prompt; the same seed gives the same rollouts in any company."""
-        (B, width), taken, zeros = prompts.ids.shape, 0, functools.partial(
-            torch.zeros, len(prompts.ids), group, dtype=torch.long, device=self.device)
+        (B, width), taken = prompts.ids.shape, 0
         seeds = torch.arange(B) if seeds is None else seeds
-        kept = dict(ids=zeros(new_tokens + 1), length=zeros(), token=zeros())
-        kept["logprobs"] = kept["ids"].float()
         owner = torch.full((min(B, max(1, self.rows // group)),), -1)    # the prompt in each place
         with torch.inference_mode():
             self.reserve(len(owner), group, new_tokens, width)
             self.heat.copy_(torch.tensor([1 / (temperature or 1), temperature > 0]))
+            buffers = {name: getattr(self, name).unflatten(0, (-1, group))
+                       for name in ("ids", "length", "logprobs", "token")}
+            kept = {name: x.new_zeros(B, *x.shape[1:]) for name, x in buffers.items()}
             while True:
                 idle = self.done.view(-1, group).all(1).cpu()[:len(owner)]       # waits for a GPU
                 if idle.all() or taken < B and 4 * idle.sum() >= len(idle):
                     ended = (idle & (owner >= 0)).nonzero()[:, 0]
                     for name, whole in kept.items():
-                        whole[owner[ended]] = getattr(self, name).unflatten(0, (-1, group))[ended]
+                        whole[owner[ended]] = buffers[name][ended]
                     free = idle.nonzero()[:B - taken, 0]
                     if not len(free):
                         break
@@ -462,14 +464,13 @@ class Sampler:
                     if self.graph:
                         self.graph.replay()
                         continue
-                    room = self.cache.shape[3]           # on a CPU, up to the last slot in use
-                    used = 0 if self.banned.is_cuda else (int(self.clock.max()) + 1) * group
-                    self.step(self.start + used if used else room)
+                    steps = new_tokens if self.banned.is_cuda else int(self.clock.max())
+                    self.step(self.start + (steps + 1) * group)    # no further than slots in use
                     if self.capture:                     # that step has compiled the kernels;
                         self.graph = torch.cuda.CUDAGraph()        # capturing computes nothing
                         with torch.cuda.graph(self.graph):
-                            self.step(room)
-        ids, length, token, logprobs = (whole.flatten(0, 1) for whole in kept.values())
+                            self.step(self.start + (steps + 1) * group)
+        ids, length, logprobs, token = (whole.flatten(0, 1).clone() for whole in kept.values())
         return Rollouts(ids[:, :-1], length, logprobs[:, :-1], token == self.stop)
 
 

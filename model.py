@@ -75,8 +75,8 @@ def read_config(raw):
     text.setdefault("num_key_value_heads", text["num_attention_heads"])
     text["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     tied = raw.get("tie_word_embeddings") or given.get("tie_word_embeddings", False)
-    return SimpleNamespace(vision=vision, text=SimpleNamespace(**text), tied=tied,
-                           qwen=raw["model_type"].startswith("qwen"), image=raw["image_token_id"],
+    return SimpleNamespace(vision=vision, text=SimpleNamespace(**text), image=raw["image_token_id"],
+                           qwen="qwen" in raw["model_type"], tied=tied,
                            scale=raw.get("scale_factor", 2))
 
 
@@ -130,11 +130,10 @@ class Vision(nn.Module):
     def __init__(self, c):
         super().__init__()
         D, patches = c.hidden_size, (c.image_size // c.patch_size) ** 2
-        self.embeddings = nn.ModuleDict(dict(
-            patch_embedding=nn.Conv2d(3, D, c.patch_size, c.patch_size),
-            position_embedding=nn.Embedding(patches, D)))
-        self.encoder = nn.ModuleDict(dict(
-            layers=nn.ModuleList(VisionLayer(c) for _ in range(c.num_hidden_layers))))
+        patch, position = nn.Conv2d(3, D, c.patch_size, c.patch_size), nn.Embedding(patches, D)
+        self.embeddings = nn.ModuleDict(dict(patch_embedding=patch, position_embedding=position))
+        layers = nn.ModuleList(VisionLayer(c) for _ in range(c.num_hidden_layers))
+        self.encoder = nn.ModuleDict(dict(layers=layers))
         self.post_layernorm = nn.LayerNorm(D, c.layer_norm_eps)
 
     def forward(self, pixels):                                                 # (B, 3, S, S)

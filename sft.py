@@ -99,7 +99,7 @@ class Run:
         self.claim()
         self.sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop,
                                torch.bfloat16 if config.device == "cuda" else None)
-        self.metrics = open(self.out / "metrics.jsonl", "a")
+        self.metrics = open(self.out / "metrics.jsonl", "a", buffering=1)
 
     def claim(self):
         """Takes the run directory: a new one, or with --resume the same options and its state."""
@@ -182,11 +182,10 @@ class Run:
 
     def write(self, **row):
         self.metrics.write(json.dumps(row) + "\n")
-        self.metrics.flush()
 
     def train(self, examples, size, one_step):
-        """The loop: `one_step(step, *what Processor.prepare made of its examples)` -> figures, until
-        all steps are done or Ctrl-C. `waited`: the seconds in which that was not ready."""
+        """The loop: `one_step(step, *what Processor.prepare made)` -> figures, until all steps are
+        done or Ctrl-C. `waited`: the seconds until that was ready."""
         c, stop = self.config, []
         batches = (pick(len(examples), size, step, c.seed) for step in range(self.step, c.steps))
         before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))    # workers inherit it
@@ -200,7 +199,8 @@ class Run:
             waited = time.perf_counter() - begin
             figures = one_step(step, *prepared)
             self.step, seconds = step + 1, time.perf_counter() - begin
-            self.write(step=self.step, **figures, waited=round(waited, 4), seconds=round(seconds, 4))
+            self.write(step=self.step, **figures, waited=round(waited, 4),
+                       seconds=round(seconds, 4))
             bar.set_postfix({k: f"{v:.3g}" for k, v in list(figures.items())[:4]})
             last = self.step == c.steps
             if last or c.eval_every and self.step % c.eval_every == 0:
@@ -213,36 +213,14 @@ class Run:
         write(self.out / "run.json", json.dumps(asdict(c) | dict(finished=True), indent=1))
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal by five Newton-Schulz steps (Jordan et al. 2024) and scaled as AdamW
-    updates are (Liu et al. 2025): torch.optim.Muon, but all matrices of a shape at once."""
-    @torch.no_grad()
-    def step(self):
-        shapes, group = {}, self.param_groups[0]
-        for p in filter(lambda p: p.grad is not None, group["params"]):
-            shapes.setdefault(p.shape, []).append(p)
-        for (rows, columns), some in shapes.items():
-            held = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in some]
-            torch._foreach_lerp_(held, [p.grad for p in some], 0.05)
-            x = torch.stack(torch._foreach_lerp([p.grad for p in some], held, 0.95)).bfloat16()
-            x = x.mT if rows > columns else x
-            x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-            for _ in range(5):
-                gram = x @ x.mT
-                x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x,
-                                  beta=3.4445)
-            x = (x.mT if rows > columns else x).to(some[0].dtype)
-            rate = -0.2 * group["lr"] * math.sqrt(max(rows, columns))
-            torch._foreach_add_(some, x.unbind(), alpha=rate)
-
-
 def make_optimizers(trained, lr):
     """{name: its optimizer}: Muon for the matrices of the layers, AdamW for all else and LoRA."""
     matrices = {n: p for n, p in trained.items() if p.ndim == 2 and "lora_" not in n
                 and re.search(r"layers\.|blocks\.|connector|merger", n)}
     rest = [p for n, p in trained.items() if n not in matrices]
     adamw = torch.optim.AdamW(rest, lr / 3 if matrices else lr, (0.9, 0.95), weight_decay=0.0)
-    muon = Muon(matrices.values(), dict(lr=lr)) if matrices else None
+    muon = torch.optim.Muon(matrices.values(), lr=lr, weight_decay=0.0,
+                            adjust_lr_fn="match_rms_adamw") if matrices else None
     return {name: muon if name in matrices else adamw for name in trained}
 
 
@@ -315,7 +293,7 @@ def main(c):
     examples = training_examples(c)
     c.steps = c.steps or c.epochs * max(1, len(examples) // c.batch)
     if scratch:                      # the tokenizer learns from the text of the first examples
-        text = examples[:3000]
+        text = [examples[i] for i in range(min(3000, len(examples)))]
         if c.data == "world":
             text += [data.world_example("train", i, "verbose") for i in range(600)]
         model, processor = fresh(c.size, text, c.seed, c.prompt())

@@ -142,17 +142,23 @@ def run_of(script, model, out, *options):
     return sft.Run(config, *sft.starting_model(config, None, None), decay=False)
 
 
-def measure(c, row):
-    """Calls row(what, (its value, a rival's), its floor, the rival) for each thing measured."""
+def machine():
+    """-> operations a second of a large product, bytes a second that a large copy moves."""
     x = torch.randn(4096, 4096, device=DEVICE, dtype=DTYPE)
     product, copied = in_turn(lambda: x @ x, x.clone)
-    rate, speed = 2 * 4096 ** 3 / product, 2 * x.nbytes / copied
+    return 2 * 4096 ** 3 / product, 2 * x.nbytes / copied
+
+
+def measure_losses(row, rate, tokens=1024):
+    """Calls row(what, (its value, a rival's), its floor, the rival), as do all that measure."""
     for words, width in ((49_280, 576), (151_936, 1536)):        # SmolVLM-256M's, Qwen2-VL-2B's
-        chunks, whole = loss_ways(words, width, 2048)
-        name = f"loss of 2,048 tokens, {words:,} words"
-        floor = operations(whole) / rate
+        chunks, whole = loss_ways(words, width, tokens)
+        name, floor = f"loss of {tokens:,} tokens, {words:,} words", operations(whole) / rate
         row(name, in_turn(chunks, whole, times=3), floor, "whole logits")
         row(name, [peak(chunks), peak(whole)], 4 * words * width / 1e9, "whole logits", "GB")
+
+
+def measure_steps(c, row, rate, speed):
     shape, ask = f"{c.prompts} x {c.group} x {c.new_tokens}", (c.group, c.new_tokens)
     with tempfile.TemporaryDirectory() as directory:
         if not c.model:
@@ -173,8 +179,9 @@ def measure(c, row):
         rivals = {"transformers generate": transformers_generate(c.model, prompts, *ask)
                   } if "transformers" in c.against else {}
         rivals |= {"the step not captured": sample(plain)} if CUDA else {}
-        for than, rival in rivals.items():
-            row(f"sampler, {shape}", in_turn(sample(run.sampler), rival), max(work, read), than)
+        for than, rival in rivals.items() or [("", None)]:
+            ways = [sample(run.sampler), rival][:1 + bool(rival)]
+            row(f"sampler, {shape}", in_turn(*ways), max(work, read), than)
 
         def grpo_step():
             *experience, _ = grpo.rollout(run, some, prompts, 0)
@@ -210,6 +217,9 @@ def main():
         compared = f"{rival[0] / mine:8.2f} x less than {than}" if rival else ""
         print(f"{name:38}{mine:9.3f} {unit:2}  floor {floor:7.3f} {compared}", flush=True)
 
-    measure(args, row)
+    rate, speed = machine()
+    print(f"{DEVICE}: {rate / 1e12:.2f} TFLOP/s in a product, {speed / 1e9:.0f} GB/s in a copy")
+    measure_losses(row, rate)
+    measure_steps(args, row, rate, speed)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))

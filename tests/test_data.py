@@ -575,3 +575,37 @@ def test_qwen_prompts_are_those_of_its_template(tokenizer, question, sizes, syst
         if token != ours.image:
             assert place == [after + 1] * 3 or after == 0 and place == [0, 0, 0]
         after = max(place)
+
+
+@pytest.mark.parametrize("family", [None, "qwen2_vl"])
+def test_a_part_of_a_batch_is_the_batch_of_the_part(family, checkpoint, start):
+    """Steps once decoded every picture again for each of their parts; now they cut the batch."""
+    import model as models
+    processor = models.load(checkpoint(family)[0] if family else start)[1]
+    examples = [data.world_example(split, i) for i, split in enumerate(("test", "text", "ood"))]
+    examples[0].images, examples[0].question = examples[0].images * 2, "<image>" * 2 + "Which?"
+    batch = processor.batch(examples)
+    for first, last in ((0, 1), (1, 2), (1, 3), (0, 3)):
+        part, alone = batch.part(first, last), processor.batch(examples[first:last])
+        width = alone.ids.shape[1]
+        assert torch.equal(part.lengths, alone.lengths) and torch.equal(part.counts, alone.counts)
+        assert torch.equal(part.ids[:, :width], alone.ids)
+        assert torch.equal(part.positions[:, :width], alone.positions)
+        assert part.pixels.tolist() == alone.pixels.tolist()
+        assert part.grids.tolist() == alone.grids.tolist()
+
+
+def test_workers_prepare_what_a_step_would(start):
+    """With a GPU, workers make the batches ahead: the same, in the same order, errors included."""
+    import model as models
+    processor, world = models.load(start)[1], data.World("train", size=40)
+    batches = [[7, 3, 30], [1], [2, 39]]
+    for ahead in (processor.ahead(world, batches, device) for device in ("cuda", "cpu")):
+        for indices, (some, batch, rows) in zip(batches, ahead, strict=True):
+            mine, expected, responses = processor.prepare([world[i] for i in indices])
+            assert [e.id for e in some] == [e.id for e in mine] and rows == responses
+            assert all(torch.equal(a, b) for a, b in zip(vars(batch).values(),
+                                                         vars(expected).values()))
+    assert processor.ahead(world, [], "cuda").num_workers > 0
+    with pytest.raises(IndexError):
+        list(processor.ahead(world, [[0], [40]], "cuda"))

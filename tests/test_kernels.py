@@ -72,7 +72,8 @@ def cache_inputs(H, K, E, dtype, G=2):
     """Five groups of G rows at all kinds of slots, in a window of 650 slots."""
     q, k, v = (random(5 * G, n, E, dtype=dtype, seed=seed) for seed, n in enumerate((H, K, K)))
     slots = torch.tensor([0, 640, 17, 63, 256])[:, None] + torch.arange(G)
-    return q, k, v, *(random(5, ROOM, K, E, dtype=dtype, seed=seed) for seed in (3, 4)), slots.flatten().to(DEVICE)
+    cache = (random(5, ROOM, K, E, dtype=dtype, seed=seed) for seed in (3, 4))
+    return q, k, v, *cache, slots.flatten().to(DEVICE)
 
 
 @each_shape
@@ -478,7 +479,7 @@ def test_leftovers_are_not_seen_and_buffers_stay(vlm):
 
 
 def test_a_prompt_is_held_once(vlm):
-    """The cache once held a copy of the prompt for each rollout; now a row adds its tokens alone."""
+    """The cache once held a copy of the prompt for each rollout; a row adds its tokens alone."""
     sampler = sampler_of(vlm)
     sampler.generate(vlm.batch, 8, 12)
     width, places = vlm.batch.ids.shape[1], len(vlm.batch.ids)
@@ -510,7 +511,7 @@ def test_refill_changes_nothing(vlm, rows, places, monkeypatch):
     longest = expected.lengths.view(4, 8).max(1)[0]
     if DEVICE == "cpu":
         assert len(steps) <= longest.sum() if places == 1 else len(steps) < longest.sum()
-        assert places == 1 or any(live for _, live in admitted[1:]), "nothing was refilled in flight"
+        assert places == 1 or any(live for _, live in admitted[1:]), "nothing was refilled"
 
 
 def test_refresh_follows_the_trainer(vlm):

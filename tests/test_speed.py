@@ -1,0 +1,46 @@
+"""What measures has to be right too: operations, memory, and that all rivals really run."""
+from types import SimpleNamespace
+
+import pytest
+import speed
+import torch
+from speed import in_turn, loss_ways, operations, peak
+
+import kernels
+
+
+def test_operations_and_memory():
+    x = torch.randn(64, 64)
+    assert operations(lambda: x @ x) == 2 * 64 ** 3
+    assert peak(lambda: [torch.empty(1 << 20) for _ in range(3)]) == pytest.approx(3 * 2 ** 22 / 1e9)
+    assert peak(lambda: [torch.empty(1 << 20).sum() for _ in range(3)]) < 2 * 2 ** 22 / 1e9
+    fast, slow = in_turn(lambda: x @ x, lambda: [x @ x for _ in range(300)])
+    assert 0 < fast < slow
+
+
+def test_loss_in_chunks_is_the_loss_and_takes_less_memory(monkeypatch):
+    """Each chunk's share of the head's gradient was once made beside the sum of them all: with a
+    vocabulary of 151,936 more memory than whole logits took."""
+    monkeypatch.setattr(kernels, "CHUNK", 0)
+    monkeypatch.setattr(kernels, "LEAST", 64)
+    chunks, whole = loss_ways(words=5000, width=1024, tokens=2048)
+    for mine, other in zip(chunks(), whole()):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    gradients = 4 * (5000 + 2048) * 1024 / 1e9
+    assert gradients < peak(chunks) < gradients + 4 * 4 * 64 * 5000 / 1e9
+    assert peak(whole) > 3 * 4 * 2048 * 5000 / 1e9
+
+
+@pytest.mark.parametrize("rivals", [[], ["transformers", "trl"]])
+def test_measuring(rivals):
+    """Every row of `python kernels.py`, on few and short answers; TRL trains our checkpoint."""
+    for name in rivals:
+        pytest.importorskip(name)
+    rows = []
+    c = SimpleNamespace(model=None, prompts=2, group=2, new_tokens=3, against=rivals)
+    speed.measure_steps(c, lambda *row: rows.append(row), 1e11, 1e10)
+    names = [name.partition(",")[0] for name, *_ in rows]
+    assert [n for i, n in enumerate(names) if n not in names[:i]] == [
+        "sampler", "GRPO step", "SFT step"]
+    for _, values, floor, _ in rows:
+        assert len(values) >= 1 + bool(rivals) and min(values) > 0 and floor > 0
