@@ -477,7 +477,6 @@ class Batch:
     positions: torch.Tensor          # (B, T, 3) time, row, column: alike but in Qwen's pictures
     pixels: torch.Tensor             # tiles (N, 3, S, S), or Qwen's patches (N, 3 * 2 * 14 * 14)
     grids: torch.Tensor              # (pictures, 2) rows and columns of image tokens, Qwen's alone
-
     counts: torch.Tensor             # (B, 2) rows of pixels and of grids that belong to a prompt
 
     def to(self, device):
@@ -588,10 +587,10 @@ class Processor:
         return examples, self.batch(examples), [self.response_ids(e.response) for e in examples]
 
     def ahead(self, examples, batches, device):
-        """Yields `prepare` of each batch of indices, made by workers while a GPU computes."""
-        workers = min(8, os.cpu_count() // 2) if device == "cuda" else 0
+        """Yields `prepare` of each batch of indices; for a GPU workers make it ahead of time."""
+        workers = max(1, min(4, os.cpu_count() // 2)) if device == "cuda" else 0
         return DataLoader(examples, batch_sampler=batches, collate_fn=self.prepare,
-                          num_workers=workers)
+                          num_workers=workers, multiprocessing_context="fork" if workers else None)
 
     def banned(self, vocabulary):
         """(V,) True for ids that only prompts may hold, and for ids without a token."""

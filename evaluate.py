@@ -66,7 +66,7 @@ def run_script(main, Config, doc, argv=None):
     try:
         main(parse(Config, argv, doc))
     except (data.DataError, CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {str(error).strip().rpartition('DataError: ')[2]}")      # of a worker too
     except KeyboardInterrupt:
         sys.exit("stopped")
 

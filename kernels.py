@@ -229,8 +229,8 @@ def decode_attention_triton(q, keys, values, bias, ends):
 
 @on_cuda(decode_attention_triton)
 def decode_attention(q, keys, values, bias, ends):
-    """The rollouts of a group, one query each, against the cache of the group. q (B * G, H, E);
-    keys, values (B, S, K, E); bias (B, G, S): 0 or NEGATIVE, the latter from ends (B,) on."""
+    """A group's rollouts, one query each, against its cache. q (B * G, H, E); keys, values
+    (B, S, K, E); bias (B, G, S): NEGATIVE where one may not look, and all from ends (B,) on."""
     G, K = bias.shape[1], keys.shape[2]             # a group's heads are rows of queries
     q = q.unflatten(0, (-1, G)).unflatten(2, (K, -1)).transpose(1, 2)       # (B, K, G, H / K, E)
     mask = bias.repeat_interleave(q.shape[3], 1)[:, None]
@@ -262,11 +262,10 @@ def sample_triton(hidden, weight, banned, scale, noise, keys):
     (rows, width), wide = hidden.shape, hidden.dtype == torch.float32
     size = max(16, triton.next_power_of_2(min(rows, 16 if wide else 64)))
     best, found, sums = torch.zeros(3, triton.cdiv(len(weight), 1024), rows, device=hidden.device)
-    found = found.long()
     sample_kernel[(triton.cdiv(rows, size), len(best))](
         hidden, weight, banned, scale, noise, keys, best, found, sums, rows, width, len(weight),
         1024, size, "ieee" if wide else "tf32", num_warps=8)
-    token = found.gather(0, best.argmax(0, keepdim=True))[0]
+    token = found.gather(0, best.argmax(0, keepdim=True))[0].long()     # in fp32 exact to 2^24
     logit = (hidden.float() * weight[token].float()).sum(1) * scale
     return token, logit - sums.logsumexp(0)
 
@@ -367,7 +366,7 @@ class Sampler:
             self.model = copy.deepcopy(model).requires_grad_(False)
             for weight in filter(torch.is_floating_point, self.model.parameters()):
                 weight.data = weight.data.to(dtype)      # not the buffers: rope needs fp32
-        head, c = model.lm_head.weight, model.config.text
+        head, c = self.model.lm_head.weight, model.config.text
         token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * head.element_size()
         self.rows, self.stop, self.device = min(rows, 2 ** 32 // (1000 * token)), stop, head.device
         self.capture, self.banned = capture and self.device.type == "cuda", banned.to(self.device)
@@ -382,7 +381,7 @@ class Sampler:
     def reserve(self, places, group, new_tokens, width):
         """Buffers for so many groups, kept where they fit. Nobody is in there yet."""
         if places > self.shape[0] or self.shape[1:] != (group, new_tokens) or width > self.start:
-            self.shape, self.graph = (places, group, new_tokens), None
+            self.graph, self.cache, self.shape = None, None, (0, 0, 0)     # freed, then made anew
             self.start = width + -width % 8              # where answers begin
             c, like, rows = self.model.config.text, self.model.lm_head.weight, places * group
             room = self.start + (new_tokens + 1) * group
@@ -393,7 +392,7 @@ class Sampler:
             self.token, self.origin, self.clock, self.length = zeros((4, rows)).unbind()
             self.stream, self.done = zeros((rows,)).int(), zeros((rows,)).bool()
             self.ids = zeros((rows, new_tokens + 1))     # the last column: what follows the end
-            self.logprobs = self.ids.float()
+            self.logprobs, self.shape = self.ids.float(), (places, group, new_tokens)
         self.done.fill_(True)
 
     def admit(self, prompts, places, seeds):
@@ -457,9 +456,10 @@ class Sampler:
                     if not len(free):
                         break
                     owner[ended] = -1
-                    owner[free] = torch.arange(taken, taken + len(free))
-                    self.admit(prompts.part(taken, taken + len(free)), free, seeds[owner[free]])
-                    taken += len(free)
+                    for some in free.split(32):          # pictures of so many at once
+                        owner[some] = torch.arange(taken, taken + len(some))
+                        self.admit(prompts.part(taken, taken + len(some)), some, seeds[owner[some]])
+                        taken += len(some)
                 for _ in range(16 if self.banned.is_cuda else 1):
                     if self.graph:
                         self.graph.replay()
@@ -467,9 +467,10 @@ class Sampler:
                     steps = new_tokens if self.banned.is_cuda else int(self.clock.max())
                     self.step(self.start + (steps + 1) * group)    # no further than slots in use
                     if self.capture:                     # that step has compiled the kernels;
-                        self.graph = torch.cuda.CUDAGraph()        # capturing computes nothing
-                        with torch.cuda.graph(self.graph):
+                        graph = torch.cuda.CUDAGraph()   # capturing computes nothing
+                        with torch.cuda.graph(graph):
                             self.step(self.start + (steps + 1) * group)
+                        self.graph = graph
         ids, length, logprobs, token = (whole.flatten(0, 1).clone() for whole in kept.values())
         return Rollouts(ids[:, :-1], length, logprobs[:, :-1], token == self.stop)
 

@@ -94,6 +94,7 @@ class Run:
         for name, p in model.named_parameters():
             if config.freeze_vision and re.search(r"vision_model|visual\.(?!merger)", name):
                 p.requires_grad_(False)
+        torch.backends.cuda.matmul.allow_tf32 = True             # the head's gradient is fp32
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizers = make_optimizers(self.trained, config.lr)
         self.claim()
@@ -185,7 +186,7 @@ class Run:
 
     def train(self, examples, size, one_step):
         """The loop: `one_step(step, *what Processor.prepare made)` -> figures, until all steps are
-        done or Ctrl-C. `waited`: the seconds until that was ready."""
+        done or Ctrl-C. Of a step's `seconds` it `waited` so many until that was ready."""
         c, stop = self.config, []
         batches = (pick(len(examples), size, step, c.seed) for step in range(self.step, c.steps))
         before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))    # workers inherit it
@@ -199,8 +200,7 @@ class Run:
             waited = time.perf_counter() - begin
             figures = one_step(step, *prepared)
             self.step, seconds = step + 1, time.perf_counter() - begin
-            self.write(step=self.step, **figures, waited=round(waited, 4),
-                       seconds=round(seconds, 4))
+            self.write(step=self.step, **figures, waited=waited, seconds=seconds)
             bar.set_postfix({k: f"{v:.3g}" for k, v in list(figures.items())[:4]})
             last = self.step == c.steps
             if last or c.eval_every and self.step % c.eval_every == 0:

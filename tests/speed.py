@@ -1,7 +1,8 @@
 """What `python kernels.py` prints: how long each thing that has to be fast takes on this machine.
 
 Beside it stands the floor, which no code can beat: its operations at the rate of a large product of
-matrices, or what sampling reads (weights and cache) at the rate of a large copy. With --against the
+matrices, or what sampling reads (weights and cache) at the rate of a large copy. (On a GPU kernels
+and captured steps count no operations: there the first floor is too low.) With --against the
 same is done with transformers and TRL, on the same checkpoint, prompts and lengths, in the same
 run; these libraries are in tests/requirements.txt, and none of them is needed otherwise.
 """
@@ -175,7 +176,7 @@ def measure_steps(c, row, rate, speed):
             return lambda: sampler.generate(prompts, *ask)
 
         work, read = operations(sample(plain)) / rate, plain.cache.nbytes / 2
-        read = c.new_tokens * (read + sum(p.nbytes for p in plain.model.parameters())) / speed
+        read = c.new_tokens * (read + sum(p.nbytes for p in plain.model.text.parameters())) / speed
         rivals = {"transformers generate": transformers_generate(c.model, prompts, *ask)
                   } if "transformers" in c.against else {}
         rivals |= {"the step not captured": sample(plain)} if CUDA else {}
@@ -203,7 +204,7 @@ def measure_steps(c, row, rate, speed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="directory (default: random weights of size m)")
+    parser.add_argument("--model", help="an Idefics3 or SmolVLM (default: random, size m)")
     parser.add_argument("--against", nargs="*", choices=("transformers", "trl"), default=[],
                         help="libraries to compare with, which have to be installed")
     for option, default in (("prompts", 32), ("group", 8), ("new-tokens", 48)):

@@ -609,3 +609,16 @@ def test_workers_prepare_what_a_step_would(start):
     assert processor.ahead(world, [], "cuda").num_workers > 0
     with pytest.raises(IndexError):
         list(processor.ahead(world, [[0], [40]], "cuda"))
+
+
+def test_an_error_in_a_worker_is_one_clear_line(start, tmp_path, monkeypatch):
+    """A DataLoader hands it on with the whole traceback of the worker."""
+    import evaluate
+    import model as models
+    processor, world = models.load(start)[1], data.World("nowhere", size=1)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.run_script(lambda c: list(processor.ahead(world, [[0]], "cuda")),
+                            evaluate.Config, "")
+    assert str(stopped.value).startswith("error: nowhere/0: expected") and "\n" not in str(
+        stopped.value)

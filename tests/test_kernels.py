@@ -485,7 +485,20 @@ def test_a_prompt_is_held_once(vlm):
     width, places = vlm.batch.ids.shape[1], len(vlm.batch.ids)
     layers, pair, held, room, *_ = sampler.cache.shape
     assert (layers, pair, held) == (3, 2, places) and width + 13 * 8 <= room < width + 13 * 8 + 8
-    assert kernels.Sampler(vlm.model, vlm.banned, -1, rows=10 ** 9).rows == 2 ** 32 // (1000 * 768)
+    for dtype, size in ((None, 4), (torch.bfloat16, 2)):     # what the copy takes, not its source
+        limited = kernels.Sampler(vlm.model, vlm.banned, -1, dtype, rows=10 ** 9)
+        assert limited.rows == 2 ** 32 // (1000 * 2 * 3 * 32 * size)
+
+
+def test_pictures_are_read_some_at_a_time(vlm):
+    """All prompts of an evaluation once went through the ViT at once: gigabytes of activations."""
+    batch, sampler = vlm.alone[0], sampler_of(vlm)
+    many = replace(batch, **{name: torch.cat([value] * 70) for name, value in vars(batch).items()})
+    counts, admit = [], sampler.admit
+    sampler.admit = lambda prompts, *rest: (counts.append(len(prompts.ids)), admit(prompts, *rest))
+    rows = sampler.generate(many, 1, 3, 1.0, torch.arange(70)).rows()
+    assert counts == [32, 32, 6] and rows[69] == sampler_of(vlm).generate(
+        batch, 1, 3, 1.0, torch.tensor([69])).rows()[0]
 
 
 @pytest.mark.parametrize("rows, places", [(1, 1), (9, 1), (16, 2), (24, 3)])
