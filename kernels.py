@@ -370,7 +370,7 @@ class Sampler:
         token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * head.element_size()
         self.rows, self.stop, self.device = min(rows, 2 ** 32 // (1000 * token)), stop, head.device
         self.capture, self.banned = capture and self.device.type == "cuda", banned.to(self.device)
-        self.shape, self.start, self.graph = (0, 0, 0), 0, None
+        self.shape, self.graph = (0, 0, 0, 0), None      # places, group, new tokens, start
 
     @torch.no_grad()
     def refresh(self):
@@ -380,11 +380,11 @@ class Sampler:
 
     def reserve(self, places, group, new_tokens, width):
         """Buffers for so many groups, kept where they fit. Nobody is in there yet."""
-        if places > self.shape[0] or self.shape[1:] != (group, new_tokens) or width > self.start:
-            self.graph, self.cache, self.shape = None, None, (0, 0, 0)     # freed, then made anew
-            self.start = width + -width % 8              # where answers begin
+        start = max(width, self.shape[3] * self.banned.is_cuda)       # on a GPU, no new capture
+        if places > self.shape[0] or (group, new_tokens, start) != self.shape[1:]:
+            self.graph, self.cache, self.shape = None, None, (0, 0, 0, 0)  # freed, then made anew
             c, like, rows = self.model.config.text, self.model.lm_head.weight, places * group
-            room = self.start + (new_tokens + 1) * group
+            room = start + (new_tokens + 1) * group
             zeros = functools.partial(like.new_zeros, dtype=torch.long)
             self.cache = like.new_zeros(c.num_hidden_layers, 2, places, room, c.num_key_value_heads,
                                         c.head_dim)
@@ -392,15 +392,14 @@ class Sampler:
             self.token, self.origin, self.clock, self.length = zeros((4, rows)).unbind()
             self.stream, self.done = zeros((rows,)).int(), zeros((rows,)).bool()
             self.ids = zeros((rows, new_tokens + 1))     # the last column: what follows the end
-            self.logprobs, self.shape = self.ids.float(), (places, group, new_tokens)
+            self.logprobs, self.shape = self.ids.float(), (places, group, new_tokens, start)
         self.done.fill_(True)
 
     def admit(self, prompts, places, seeds):
         """Reads prompts; the rollouts of each start in its place, with its last token."""
         prompts, width, G = prompts.to(self.device), prompts.ids.shape[1], self.shape[1]
         last, member = prompts.lengths[:, None] - 1, torch.arange(G, device=self.device)
-        cache = torch.stack([torch.stack(pair) for pair in self.model(prompts)[1]])
-        self.cache[:, :, places, :width] = cache.to(self.cache.dtype)
+        self.cache[:, :, places, :width] = torch.stack([*map(torch.stack, self.model(prompts)[1])])
         self.bias[places] = NEGATIVE
         self.bias[places, :, :width] *= ~up_to(last[:, 0], width)[:, None]
         seeds = mix(seeds.to(self.device).int())[:, None]
@@ -413,8 +412,8 @@ class Sampler:
 
     def step(self, window):
         """One token a row, within a window of slots. What follows a row's end is kept nowhere."""
-        (_, G, N), row = self.shape, torch.arange(len(self.clock), device=self.device)
-        slot = self.start + self.clock * G + row % G
+        (_, G, N, start), row = self.shape, torch.arange(len(self.clock), device=self.device)
+        slot = start + self.clock * G + row % G
         self.bias.scatter_(2, slot.view(-1, G, 1), 0.0)
         ends = slot[G - 1::G] + 1
 
@@ -465,11 +464,12 @@ class Sampler:
                         self.graph.replay()
                         continue
                     steps = new_tokens if self.banned.is_cuda else int(self.clock.max())
-                    self.step(self.start + (steps + 1) * group)    # no further than slots in use
+                    window = self.shape[3] + (steps + 1) * group   # no further than slots in use
+                    self.step(window)
                     if self.capture:                     # that step has compiled the kernels;
                         graph = torch.cuda.CUDAGraph()   # capturing computes nothing
                         with torch.cuda.graph(graph):
-                            self.step(self.start + (steps + 1) * group)
+                            self.step(window)
                         self.graph = graph
         ids, length, logprobs, token = (whole.flatten(0, 1).clone() for whole in kept.values())
         return Rollouts(ids[:, :-1], length, logprobs[:, :-1], token == self.stop)
