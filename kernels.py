@@ -454,7 +454,6 @@ class Sampler:
                     free = idle.nonzero()[:B - taken, 0]
                     if not len(free):
                         break
-                    owner[ended] = -1
                     for some in free.split(32):          # pictures of so many at once
                         owner[some] = torch.arange(taken, taken + len(some))
                         self.admit(prompts.part(taken, taken + len(some)), some, seeds[owner[some]])

@@ -107,6 +107,7 @@ def test_decode_attention(H, K, E, dtype, G):
     """Every row sees slots of its own, among them none at all in whole blocks and parts; nothing
     beyond the end of its group is read. Groups of 40 are more queries than one program takes."""
     q, _, _, keys, values, _ = cache_inputs(H, K, E, dtype, G)
+    q[G] *= 32                                   # its largest score overflows exp
     ends = torch.tensor([1, 650, 130, 256, 577], device=DEVICE)
     seen = torch.rand(5, G, ROOM, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.3
     seen[:, :, 0], seen[1, 0, :640], seen[4, -1, 1:] = True, False, False
