@@ -271,11 +271,16 @@ def summaries(rows):
         for split, part in grouped(rows, "split").items()}
 
 
+def pieces(start, stop, size):
+    """[(first, last + 1)] of the passes over start..stop, `size` at a time; 0: all at once."""
+    return [(i, min(i + (size or stop), stop)) for i in range(start, stop, size or stop)]
+
+
 def evaluate(sampler, processor, examples, split="", samples=1, temperature=0.0, new_tokens=48,
              seed=0):
     """Answers and grades every example -> rows, one for each answer, in order."""
     rows, size = [], max(1, 256 // samples)
-    batches = [range(i, min(i + size, len(examples))) for i in range(0, len(examples), size)]
+    batches = [range(*piece) for piece in pieces(0, len(examples), size)]
     ahead = processor.ahead(examples, batches, sampler.device.type)
     for places, (some, batch, _) in zip(tqdm(batches, split, leave=False, disable=None), ahead):
         seeds = torch.tensor(places) + seed * 1_000_003

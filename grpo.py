@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 
 import data
-from evaluate import grade, mean, option, run_script
+from evaluate import grade, mean, option, pieces, run_script
 from model import LoRA
-from sft import Run, RunConfig, pieces, starting_model
+from sft import Run, RunConfig, starting_model
 
 GRPO = dict(advantage="group", ratio="token", clip="ppo", clip_low=0.2, clip_high=0.2,
             dual_clip=0.0, aggregation="sequence", kl="k3", beta=0.01, filter="keep",

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
-from evaluate import AskConfig, evaluate, option, read_rows, run_command, run_script, summary
+from evaluate import (AskConfig, evaluate, option, pieces, read_rows, run_command, run_script,
+                      summary)
 from kernels import Sampler, up_to
 from model import (SIZES, add_lora, check_tensors, fresh, load, read_json, recompute_activations,
                    save, write)
@@ -262,11 +263,6 @@ def pick(count, batch, step, seed):
     epoch, place = divmod(step, count // batch)
     order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=order)[place * batch:(place + 1) * batch].tolist()
-
-
-def pieces(start, stop, size):
-    """[(first, last + 1)] of the passes over start..stop, `size` at a time; 0: all at once."""
-    return [(i, min(i + (size or stop), stop)) for i in range(start, stop, size or stop)]
 
 
 def imitate(run, examples, prompts, responses):
