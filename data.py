@@ -326,7 +326,7 @@ def spoken(messages):
     return turns
 
 
-def strip_answer(text):
+def extract_answer(text):
     """What stands in the last <answer> tags, else the text without its <think> part; where that
     has a \\boxed{...}, what stands in the last one."""
     found = re.findall(r"<answer>(.*?)</answer>", text, re.S)
@@ -347,7 +347,7 @@ def read_row(row, root, where):
     answers = ("answer", "ground_truth", "solution", *said)
     lines = [take(row, text, name) for name in ("instruction", "input")]
     question = take(row, text, *asked) or "\n".join(filter(None, lines))
-    answer = strip_answer(take(row, number_or_text, *answers) or "")
+    answer = extract_answer(take(row, number_or_text, *answers) or "")
     for part, value, names in (("question", question, (*asked, "instruction")),
                                ("answer", answer, answers)):
         if not value.strip():
@@ -586,7 +586,7 @@ class Processor:
         """What a step needs of its examples: themselves, their prompts, their responses' ids."""
         return examples, self.batch(examples), [self.response_ids(e.response) for e in examples]
 
-    def ahead(self, examples, batches, device):
+    def prefetch(self, examples, batches, device):
         """Yields `prepare` of each batch of indices; for a GPU workers make it ahead of time."""
         workers = max(1, min(4, os.cpu_count() // 2)) if device == "cuda" else 0
         return DataLoader(examples, batch_sampler=batches, collate_fn=self.prepare,
@@ -620,3 +620,11 @@ class QwenProcessor(Processor):
     def template(self, system, text):
         return (f"<|im_start|>system\n{system or 'You are a helpful assistant.'}<|im_end|>\n"
                 f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
+
+
+def pieces(start, stop, size):
+    return [(i, min(i + (size or stop), stop)) for i in range(start, stop, size or stop)]
+
+
+def read_jsonl(path, convert=None, skip_bad_rows=False):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]

@@ -9,7 +9,6 @@ Faithful, on the tabletop: right, with every step of the reasoning true; else lu
 """
 import argparse
 import base64
-import difflib
 import html
 import io
 import json
@@ -30,46 +29,7 @@ from tqdm import tqdm
 
 import data
 from kernels import Sampler
-from model import CheckpointError, load, read_json, write
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COLUMNS = ["accuracy", "faithful", "lucky", "format", "tokens"]          # of the tables
-
-
-def option(default, doc, choices=None, least=None):
-    """A field of a Config: its default, its line in --help, what it may be."""
-    return field(default=default, metadata=dict(doc=doc, choices=choices, least=least))
-
-
-def parse(Config, argv=None, doc=""):
-    """Makes the command line of a dataclass, and the dataclass from a command line."""
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(Config):
-        kind = dict(action="store_true") if f.type is bool else dict(
-            type=f.type, default=f.default, choices=f.metadata["choices"])
-        shown = " (default: %(default)s)" * (f.type is not bool and f.default not in (None, ""))
-        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["doc"] + shown, **kind)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions)
-        parser.error(f"unknown option {unknown[0]}; did you mean {(near or ['--help'])[0]}?")
-    for f in fields(Config):
-        value, least = getattr(args, f.name), f.metadata["least"]
-        if least is not None and value is not None and value < least:
-            parser.error(f"--{f.name.replace('_', '-')} {value}: expected at least {least}")
-    return Config(**vars(args))
-
-
-def run_script(main, Config, doc, argv=None):
-    """Runs main(config); what the user can mend ends as one clear line, not as a traceback."""
-    try:
-        main(parse(Config, argv, doc))
-    except (data.DataError, CheckpointError, OSError) as error:
-        sys.exit(f"error: {str(error).strip().rpartition('DataError: ')[2]}")      # of a worker too
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-
+from model import CheckpointError, load_checkpoint, read_json, write_file
 
 # ----------------------------------------------------------------------------------- the grader
 BOX = re.compile(r"\[" + ",".join([r"\s*(-?\d+(?:\.\d+)?)\s*"] * 4) + r"\]")
@@ -102,7 +62,7 @@ ROUNDED = re.compile(r"nearest (?:(tenth)|(hundredth)|(thousandth)|whole|integer
 
 def clean(text):
     """The answer in a text in one plain spelling, without LaTeX, case and outer punctuation."""
-    text = " ".join(data.strip_answer(text).translate(SIGNS).split())
+    text = " ".join(data.extract_answer(text).translate(SIGNS).split())
     for pattern, new in SPELLINGS:
         text = pattern.sub(new, text)
     return text.casefold().lstrip(" \"'`*").rstrip(" .,:;!?\"'`*")
@@ -191,7 +151,7 @@ def is_right(answer, gold, choices=None, question=""):
 
 def grade(response, example, answer_format="tags"):
     """-> correct, formatted, faithful (None where no scene tells), steps with their truth."""
-    found, answer = FORMATS[answer_format].fullmatch(response.strip()), data.strip_answer(response)
+    found, answer = FORMATS[answer_format].fullmatch(response.strip()), data.extract_answer(response)
     formatted = found is not None and not re.search(r"</?(think|answer)>", found[1] + found[2])
     formatted = formatted and (answer_format == "tags" or answer == found[2].strip())
     correct = is_right(answer, example.answer, example.choices, example.question)
@@ -201,19 +161,22 @@ def grade(response, example, answer_format="tags"):
     return SimpleNamespace(correct=correct, formatted=formatted, faithful=faithful, steps=steps)
 
 
+# ------------------------------------------------------------------------------------ statistics
 def wilson(right, n, z=1.96):
     """95 % interval of a proportion (Wilson 1927)."""
-    share, spread = right / n, z * z / n
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    share = right / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / (1 + z * z / n)
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def paired_bootstrap(first, second, draws=2000, seed=0):
     """Mean difference of two models' marks on the same questions, with its 95 % interval."""
-    gaps = (torch.tensor(first).float() - torch.tensor(second).float()).view(len(first), -1).mean(1)
-    pick = torch.Generator().manual_seed(seed)
-    means = gaps[torch.randint(len(gaps), (draws, len(gaps)), generator=pick)].mean(1)
+    gaps = torch.tensor(first).float() - torch.tensor(second).float()
+    gaps = gaps.view(len(first), -1).mean(1)                                   # a question each
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(gaps), (draws, len(gaps)), generator=generator)
+    means = gaps[drawn].mean(1)
     return gaps.mean().item(), means.quantile(0.025).item(), means.quantile(0.975).item()
 
 
@@ -222,11 +185,16 @@ def pass_at_k(n, right, k):
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
+def ranks(values):
+    """Each value's place in order, twice; equal values share the mean of theirs."""
+    return [sum((y < x) + (y <= x) for y in values) for x in values]
+
+
 def spearman(a, b):
-    """Rank correlation, ties shared; None where one side never changes."""
+    """Rank correlation; None where one side never changes."""
     if len(a) < 3 or len(set(a)) == 1 or len(set(b)) == 1:
         return None
-    return correlation(*([sum((y < x) + (y <= x) for y in side) for x in side] for side in (a, b)))
+    return correlation(ranks(a), ranks(b))
 
 
 def grouped(rows, key):
@@ -239,65 +207,120 @@ def grouped(rows, key):
 
 def marks(rows):
     """-> for each question, whether each of its answers is right"""
-    return [[row["correct"] for row in some] for some in grouped(rows, "id").values()]
+    return [[row["correct"] for row in answers] for answers in grouped(rows, "id").values()]
 
 
-def kind(row):
+def verdict(row):
     """What an answer on the tabletop world is worth, in a word."""
-    right = ("faithful" if row["faithful"] else "lucky") if row["formatted"] else "right"
-    return right if row["correct"] else "wrong"
+    if not row["correct"]:
+        return "wrong"
+    if not row["formatted"]:
+        return "right"
+    return "faithful" if row["faithful"] else "lucky"
 
 
 def summary(rows):
     """Rows of one split -> figures. Intervals count questions, not samples."""
     asked = marks(rows)
-    n, samples, accuracy = len(asked), min(map(len, asked)), mean(map(mean, asked))
+    n, samples = len(asked), min(map(len, asked))
+    accuracy = mean(map(mean, asked))
     figures = dict(n=n, accuracy=accuracy, interval=wilson(accuracy * n, n),
                    format=mean(row["formatted"] for row in rows),
                    length=mean(len(row["response_ids"]) for row in rows),
                    truncated=mean(row["truncated"] for row in rows))
     if rows[0]["faithful"] is not None:
-        figures |= {name: mean(kind(row) == name for row in rows) for name in ("faithful", "lucky")}
+        for name in ("faithful", "lucky"):
+            figures[name] = mean(verdict(row) == name for row in rows)
     if samples > 1:
-        figures["pass_at"] = {2 ** i: mean(pass_at_k(len(some), sum(some), 2 ** i)
-                                           for some in asked) for i in range(samples.bit_length())}
+        figures["pass_at"] = {}
+        for k in [2 ** i for i in range(samples.bit_length())]:
+            chances = [pass_at_k(len(some), sum(some), k) for some in asked]
+            figures["pass_at"][k] = mean(chances)
     return figures
 
 
 def summaries(rows):
     """-> {split: figures, with the same figures per family under «families»}"""
-    return {split: summary(part) | dict(families={
-        family: summary(some) for family, some in grouped(part, "family").items()})
-        for split, part in grouped(rows, "split").items()}
+    splits = {}
+    for split, part in grouped(rows, "split").items():
+        families = {name: summary(some) for name, some in grouped(part, "family").items()}
+        splits[split] = summary(part) | dict(families=families)
+    return splits
 
 
-def pieces(start, stop, size):
-    """[(first, last + 1)] of the passes over start..stop, `size` at a time; 0: all at once."""
-    return [(i, min(i + (size or stop), stop)) for i in range(start, stop, size or stop)]
-
-
+# ------------------------------------------------------------------------------------ evaluation
 def evaluate(sampler, processor, examples, split="", samples=1, temperature=0.0, new_tokens=48,
              seed=0):
     """Answers and grades every example -> rows, one for each answer, in order."""
-    rows, size = [], max(1, 256 // samples)
-    batches = [range(*piece) for piece in pieces(0, len(examples), size)]
-    ahead = processor.ahead(examples, batches, sampler.device.type)
-    for places, (some, batch, _) in zip(tqdm(batches, split, leave=False, disable=None), ahead):
-        seeds = torch.tensor(places) + seed * 1_000_003
-        rollouts = sampler.generate(batch, samples, new_tokens, temperature, seeds)
+    rows, answer_format = [], processor.style["answer_format"]
+    batches = [range(*piece) for piece in data.pieces(0, len(examples), max(1, 256 // samples))]
+    prepared = processor.prefetch(examples, batches, sampler.device.type)
+    for indices, (asked, prompts, _) in zip(tqdm(batches, split, leave=False, disable=None),
+                                            prepared):
+        seeds = torch.tensor(indices) + seed * 1_000_003
+        rollouts = sampler.generate(prompts, samples, new_tokens, temperature, seeds)
         for r, ids in enumerate(rollouts.rows()):
-            example, response = some[r // samples], processor.decode(ids)
+            b = r // samples
+            example, response = asked[b], processor.decode(ids)
+            graded = grade(response, example, answer_format)
             rows.append(dict(
                 id=example.id, split=split, family=example.family, prompt=example.question,
-                prompt_ids=batch.ids[r // samples, :batch.lengths[r // samples]].tolist(),
-                response_ids=ids, logprobs=rollouts.logprobs[r, :len(ids)].tolist(),
-                response=response, truncated=not rollouts.finished[r].item(), answer=example.answer,
-                **vars(grade(response, example, processor.style["answer_format"]))))
+                prompt_ids=prompts.ids[b, :prompts.lengths[b]].tolist(), response_ids=ids,
+                logprobs=rollouts.logprobs[r, :len(ids)].tolist(), response=response,
+                truncated=not rollouts.finished[r].item(), answer=example.answer, **vars(graded)))
     return rows
 
 
+# ------------------------------------------------- the command line, and what every script asks
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def option(default, doc, choices=None, least=None):
+    """A field of a Config: its default, its line in --help, what it may be."""
+    return field(default=default, metadata=dict(doc=doc, choices=choices, least=least))
+
+
+def parse(Config, argv=None, doc=""):
+    """Makes the command line of a dataclass, and the dataclass from a command line."""
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        kind = dict(type=f.type, default=f.default, choices=f.metadata["choices"])
+        shown = "" if f.default in (None, "") else " (default: %(default)s)"
+        if f.type is bool:
+            kind, shown = dict(action="store_true"), ""
+        parser.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["doc"] + shown, **kind)
+    args = parser.parse_args(argv)
+    for f in fields(Config):
+        value, least = getattr(args, f.name), f.metadata["least"]
+        if least is not None and value is not None and value < least:
+            parser.error(f"--{f.name.replace('_', '-')} {value}: expected at least {least}")
+    return Config(**vars(args))
+
+
+def run_script(main, Config, doc, argv=None):
+    """Runs main(config); what the user can mend ends as one clear line, not as a traceback."""
+    try:
+        main(parse(Config, argv, doc))
+    except (data.DataError, CheckpointError, OSError) as error:
+        _, _, told = str(error).rpartition("DataError: ")        # a worker's ends with its own
+        sys.exit(f"error: {told.strip()}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+
+
+def run_command(command):
+    """Prints a command and runs it with the script beside this file."""
+    print(f"\n$ {command}", flush=True)
+    script, *options = command.split()[1:]
+    process = subprocess.Popen([sys.executable, pathlib.Path(__file__).with_name(script), *options])
+    signal.signal(signal.SIGINT, lambda *_: process.send_signal(signal.SIGINT))     # it may save
+    if code := process.wait():
+        sys.exit(f"error: that command ended with {code}; start again to go on here")
+
+
 @dataclass
-class AskConfig:
+class CommonConfig:
     """Options of every script. What is not given of a prompt is as the checkpoint stores it."""
     data: str = option("world", "world, or a .jsonl or .json file")
     system: str = option(None, "system line of the prompt")
@@ -310,11 +333,13 @@ class AskConfig:
     skip_bad_rows: bool = option(False, "count and skip bad rows of a file instead of stopping")
 
     def prompt(self):
-        return {name: value for name in data.PROMPT if (value := getattr(self, name)) is not None}
+        """What is given of data.PROMPT."""
+        given = {name: getattr(self, name) for name in data.PROMPT}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass
-class Config(AskConfig):
+class Config(CommonConfig):
     """Options of evaluate.py; study has its own."""
     model: str = option("runs/grpo", "directory: a run's, or a downloaded checkpoint's")
     against: str = option(None, "a second model on the same questions: paired bootstrap")
@@ -328,38 +353,45 @@ class Config(AskConfig):
 def answer_all(directory, c):
     """Loads a model and answers every split that the options name; yields the rows."""
     dtype = torch.bfloat16 if c.device == "cuda" else torch.float32
-    model, processor = load(directory, c.device, dtype, c.prompt(), may_differ=False)
+    model, processor = load_checkpoint(directory, c.device, dtype, c.prompt(), may_differ=False)
     sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop)
-    heat = c.temperature if c.temperature is not None else float(c.samples > 1)
+    usual = 0.0 if c.samples == 1 else 1.0
+    temperature = usual if c.temperature is None else c.temperature
     for split in c.split.split(",") if c.data == "world" else ["all"]:
-        some = data.load_dataset(c.data, split, c.limit, c.skip_bad_rows)
-        yield from evaluate(sampler, processor, some, split, c.samples, heat, c.max_new_tokens,
-                            c.seed)
+        examples = data.load_dataset(c.data, split, c.limit, c.skip_bad_rows)
+        yield from evaluate(sampler, processor, examples, split, c.samples, temperature,
+                            c.max_new_tokens, c.seed)
+
+
+COLUMNS = ["accuracy", "faithful", "lucky", "format", "tokens"]          # of the tables
 
 
 def columns(figures):
     """The figures of a split or a family as cells under COLUMNS, shares in percent."""
-    value, low, high = (100 * share for share in (figures["accuracy"], *figures["interval"]))
+    low, high = figures["interval"]
+    accuracy = f"{100 * figures['accuracy']:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
     shares = [f"{100 * figures[name]:.1f}" if name in figures else "" for name in COLUMNS[1:4]]
-    return [f"{value:.1f} [{low:.0f}, {high:.0f}]", *shares, f"{figures['length']:.1f}"]
+    return [accuracy, *shares, f"{figures['length']:.1f}"]
 
 
-def markdown_table(rows):
-    """Aligned, so that it reads well on a terminal too."""
+def text_table(rows):
+    """In Markdown, aligned, so that it reads well on a terminal too."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
+    rule = ["-" * width for width in widths]
+    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |"
+                     for row in [rows[0], rule, *rows[1:]])
 
 
 def main(c):
-    rows, table = list(answer_all(c.model, c)), [["split", "family", *COLUMNS, "pass"]]
+    rows = list(answer_all(c.model, c))
     if c.out:
-        write(c.out, "".join(json.dumps(row) + "\n" for row in rows))
+        write_file(c.out, "".join(json.dumps(row) + "\n" for row in rows))
+    table = [["split", "family", *COLUMNS, "pass"]]
     for split, whole in summaries(rows).items():
         for family, figures in [("", whole), *whole["families"].items()]:
-            passes = " ".join(f"pass@{k} {v:.1%}" for k, v in figures.get("pass_at", {}).items())
-            table.append([split, family, *columns(figures), passes])
-    print(markdown_table(table))
+            passes = [f"pass@{k} {share:.1%}" for k, share in figures.get("pass_at", {}).items()]
+            table.append([split, family, *columns(figures), " ".join(passes)])
+    print(text_table(table))
     if c.against:
         others = grouped(answer_all(c.against, c), "split")
         for split, mine in grouped(rows, "split").items():
@@ -387,71 +419,74 @@ CURVES = {"held_out": "#0b6e4f", "reward": "#c1440e", "accuracy": "#7a7a7a", "fo
 
 def study_cells(c):
     """Yields the study as commands to paste: `command` makes a model, `evaluation` tests it."""
-    preset, out = PRESETS[c.preset], pathlib.Path(c.out)
-    bases = dict(strong=f"{out}/base", weak=f"{out}/base/step-{preset['weak']}")
-    trained = [(seed, strength, method) for seed in range(c.seeds)
-               for strength in ("weak", "strong") for method in ("sft", "grpo", "sft-grpo")]
-    for seed, strength, method in [(0, "strong", "base"), (0, "weak", "base"), *trained]:
-        name, script = f"{strength}-{method}-{seed}", method.split("-")[-1]
-        init = f"{out}/{strength}-sft-{seed}" if method == "sft-grpo" else bases[strength]
-        model, start = f"{out}/{name}", f"{script}.py --init {init} --seed {seed}"
-        if method == "base":
-            name, model, start = f"{strength}-base", bases[strength], "sft.py --stage base"
-        command = f"python {start} {preset[script]} --out {model} --device {c.device} --resume"
-        answers = f"{out}/answers/{name}.jsonl"
+    preset = PRESETS[c.preset]
+
+    def cell(strength, method, seed, name, model, command):
+        answers = f"{c.out}/answers/{name}.jsonl"
         evaluation = (f"python evaluate.py --model {model} --limit {preset['limit']} "
                       f"--device {c.device} --out {answers}")
-        yield dict(name=name, strength=strength, method=method, seed=seed, model=model,
-                   command=command * (name != "weak-base"), evaluation=evaluation, answers=answers)
+        return dict(name=name, strength=strength, method=method, seed=seed, model=model,
+                    command=command, evaluation=evaluation, answers=answers)
 
-
-def run_command(command):
-    """Prints a command and runs it with the script beside this file."""
-    print(f"\n$ {command}", flush=True)
-    script, *options = command.split()[1:]
-    process = subprocess.Popen([sys.executable, pathlib.Path(__file__).with_name(script), *options])
-    signal.signal(signal.SIGINT, lambda *_: process.send_signal(signal.SIGINT))     # it may save
-    if code := process.wait():
-        sys.exit(f"error: that command ended with {code}; start again to go on here")
-
-
-def read_rows(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
+    strong = f"{c.out}/base"
+    weak = f"{strong}/step-{preset['weak']}"         # kept on the way to the strong base
+    command = f"{preset['base']} --out {strong} --device {c.device} --resume"
+    yield cell("strong", "base", 0, "strong-base", strong, f"python sft.py --stage base {command}")
+    yield cell("weak", "base", 0, "weak-base", weak, None)
+    for seed in range(c.seeds):
+        for strength, base in (("weak", weak), ("strong", strong)):
+            after_sft = f"{c.out}/{strength}-sft-{seed}"
+            for method, script, init in (("sft", "sft", base), ("grpo", "grpo", base),
+                                         ("sft-grpo", "grpo", after_sft)):
+                name = f"{strength}-{method}-{seed}"
+                command = (f"python {script}.py --init {init} --seed {seed} {preset[script]} "
+                           f"--out {c.out}/{name} --device {c.device} --resume")
+                yield cell(strength, method, seed, name, f"{c.out}/{name}", command)
 
 
 def reward_curve(model):
     """Points (mean reward and its parts since the evaluation before, held-out accuracy), Spearman
     ρ after the first third (below 0: the reward deceives), regret (best minus last accuracy)."""
-    rows, points = read_rows(pathlib.Path(model) / "metrics.jsonl"), []
-    ends = [i for i, row in enumerate(rows) if "val_accuracy" in row]
-    for start, end in zip(ends, ends[1:]):
-        parts = {name: mean(row[name] for row in rows[start + 1:end]) for name in list(CURVES)[1:]}
-        points.append(dict(step=rows[end]["step"], held_out=rows[end]["val_accuracy"], **parts))
-    held_out, late = [point["held_out"] for point in points], len(points) // 3
-    return dict(points=points, regret=max(rows[i]["val_accuracy"] for i in ends) - held_out[-1],
-                spearman=spearman([point["reward"] for point in points[late:]], held_out[late:]))
+    points, held_out, since = [], [], []
+    for row in data.read_jsonl(f"{model}/metrics.jsonl"):
+        if "val_accuracy" not in row:                # a step
+            since.append(row)
+            continue
+        held_out.append(row["val_accuracy"])
+        if since:
+            means = {name: mean(step[name] for step in since)
+                     for name in ("reward", "accuracy", "format")}
+            points.append(dict(step=row["step"], held_out=row["val_accuracy"], **means))
+        since = []
+    late = points[len(points) // 3:]
+    rho = spearman([point["reward"] for point in late], [point["held_out"] for point in late])
+    return dict(points=points, spearman=rho, regret=max(held_out) - held_out[-1])
+
+
+def results_of(cell):
+    """A cell whose commands have run, with its figures."""
+    steps = data.read_jsonl(f"{cell['model']}/metrics.jsonl") if cell["command"] else []
+    return cell | dict(seconds=sum(row.get("seconds", 0) for row in steps),
+                       splits=summaries(data.read_jsonl(cell["answers"])),
+                       curve=reward_curve(cell["model"]) if "grpo" in cell["method"] else None)
 
 
 def study(c):
-    """Runs the cells that are not there yet, then writes the reports."""
+    """Runs the cells that are not there yet, then writes the report."""
     path = pathlib.Path(c.out) / "results.json"
     machine = f"{c.device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
     results = read_json(path) if path.exists() else dict(preset=c.preset, machine=machine, cells=[])
     done = {cell["name"]: cell for cell in results["cells"]}
     for cell in tqdm(list(study_cells(c)), "study", disable=None):
-        if not cell.items() <= done.get(cell["name"], {}).items():
+        before = done.get(cell["name"], {})
+        if before != before | cell:                  # it was never run, or with other commands
             for command in filter(None, (cell["command"], cell["evaluation"])):
                 run_command(command)
-            steps = read_rows(f"{cell['model']}/metrics.jsonl") if cell["command"] else []
-            seconds = sum(row.get("seconds", 0) for row in steps)
-            curve = reward_curve(cell["model"]) if "grpo" in cell["method"] else None
-            splits = summaries(read_rows(cell["answers"]))
-            done[cell["name"]] = cell | dict(seconds=seconds, splits=splits, curve=curve)
+            done[cell["name"]] = results_of(cell)
             results["cells"] = list(done.values())
-            write(path, json.dumps(results, indent=1))
-    for name, text in zip(("report.md", "report.html"), report(**results)):
-        write(path.with_name(name), text)
-    print(f"\n{markdown_table(main_table(results['cells']))}\n\nmore in {c.out}/report.html")
+            write_file(path, json.dumps(results, indent=1))
+    write_file(path.with_name("report.html"), report(**results))
+    print(f"\n{text_table(main_table(results['cells']))}\n\nmore in {c.out}/report.html")
 
 
 # ---------------------------------------------------------------------------------- the report
@@ -468,54 +503,59 @@ def html_table(rows):
 
 
 def main_table(cells):
-    rows = [["model", *cells[0]["splits"], *COLUMNS[1:], "seconds", "spearman", "regret"]]
+    """A row for each model: its accuracy on every split; the other figures on the test split."""
+    splits = list(cells[0]["splits"])
+    rows = [["model", *splits, *COLUMNS[1:], "seconds", "spearman", "regret"]]
     for cell in sorted(cells, key=lambda cell: cell["strength"], reverse=True):
-        accuracy, *more = zip(*map(columns, cell["splits"].values()))         # of each split
-        figures = map((cell | (cell["curve"] or {})).get, rows[0][-3:])
-        last = ["" if figure is None else f"{figure:.2f}" for figure in figures]
-        rows.append([cell["name"], *accuracy, *(part[0] for part in more), *last])
+        of_splits = [columns(cell["splits"][split]) for split in splits]
+        curve = cell["curve"] or {}
+        last = [cell["seconds"], curve.get("spearman"), curve.get("regret")]
+        rows.append([cell["name"], *(accuracy for accuracy, *_ in of_splits), *of_splits[0][1:],
+                     *("" if figure is None else f"{figure:.2f}" for figure in last)])
     return rows
 
 
 def chart(title, points):
     """A self-contained SVG: CURVES over the steps of a run, between 0 and 1.1."""
-    last, drawn = points[-1]["step"], ""
+    last = points[-1]["step"]
+    drawn = ""
     for i, (name, colour) in enumerate(CURVES.items()):
         line = " ".join(f"{360 * p['step'] / last:.0f},{145 - 145 * p[name]:.1f}" for p in points)
-        drawn += (f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
-                  f'<text x="{95 * i}" y="175" fill="{colour}">{name}</text>')
+        drawn += f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        drawn += f'<text x="{95 * i}" y="175" fill="{colour}">{name}</text>'
     return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="-30 -41 420 232" width="420" '
             'style="background:#fff;font:14px sans-serif"><path d="M0 0h360M0 72h360M0 145h360" '
             'stroke="#ddd"/><text x="-17" y="5">1</text><text x="-17" y="150">0</text>'
             f'<text y="-20">{title}, {last} steps</text>{drawn}</svg>')
 
 
-def rollouts(cells, rows):
+def rollout_table(cells, rows):
     """One question put to every model, with each step marked; what a model wrote is escaped."""
-    example, file = data.world_example(*rows[0]["id"].split("/")), io.BytesIO()
+    example = data.world_example(*rows[0]["id"].split("/"))
+    file = io.BytesIO()
     example.images[0].save(file, "PNG")
     picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    table = [[f'<img src="{picture}">', example.question.removeprefix(data.IMAGE), example.answer]]
+    question = example.question.removeprefix(data.IMAGE)
+    table = [[f'<img src="{picture}">', question, example.answer]]
     for cell, row in zip(cells, rows):
         steps = grade(row["response"], example).steps or [(row["response"], None)]
         said = ". ".join(f"<span class={true}>{html.escape(step)}</span>" for step, true in steps)
-        answer, reward = data.strip_answer(row["response"]), row["correct"] + 0.1 * row["formatted"]
-        table.append([cell["name"], f"{said} <b>{html.escape(answer)}</b>",
-                      f"<span class={kind(row)}>{kind(row)}</span>, reward {reward:.1f}"])
+        answer = html.escape(data.extract_answer(row["response"]))
+        worth = f"<span class={verdict(row)}>{verdict(row)}</span>"
+        table.append([cell["name"], f"{said} <b>{answer}</b>", worth])
     return html_table(table)
 
 
 def report(preset, machine, cells):
-    """-> the report in Markdown, and in HTML with curves and rollouts."""
-    table, title = main_table(cells), f"SFT and GRPO, preset {preset}, on {machine}"
-    commands = "\n".join(cell[key] for cell in cells for key in ("command", "evaluation"))
+    """-> the report, one page of HTML: table, curves, rollouts, commands."""
+    title = f"SFT and GRPO, preset {preset}, on {machine}"
     charts = [chart(cell["name"], cell["curve"]["points"]) for cell in cells if cell["curve"]]
-    answers = list(zip(*(read_rows(cell["answers"]) for cell in cells)))
-    asked = [rollouts(cells, rows) for rows in answers[:12]]
-    return (f"# {title}\n\n{markdown_table(table)}\n\n{NOTES}\n\n```\n{commands}\n```\n",
-            f"{HEAD}<h1>{title}</h1>{html_table(table)}<p>{NOTES}</p>{''.join(charts)}"
-            f"<h2>Rollouts (green: a true step, red: a false one)</h2>{''.join(asked)}"
-            f"<h2>Commands</h2><pre>{html.escape(commands)}</pre>")
+    answers = zip(*(data.read_jsonl(cell["answers"]) for cell in cells))       # by question
+    tables = [rollout_table(cells, rows) for rows in list(answers)[:12]]
+    commands = [cell[key] for cell in cells for key in ("command", "evaluation") if cell[key]]
+    return (f"{HEAD}<h1>{title}</h1>{html_table(main_table(cells))}<p>{NOTES}</p>{''.join(charts)}"
+            f"<h2>Rollouts (green: a true step, red: a false one)</h2>{''.join(tables)}"
+            "<h2>Commands</h2><pre>" + html.escape("\n".join(commands)) + "</pre>")
 
 
 if __name__ == "__main__":

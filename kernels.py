@@ -27,7 +27,7 @@ def widened(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def up_to(lengths, width=None):
+def length_mask(lengths, width=None):
     """(B,) -> (B, width) True at the first lengths[b] places."""
     return torch.arange(width or int(lengths.max()), device=lengths.device) < lengths[:, None]
 
@@ -344,7 +344,7 @@ class Rollouts:
 
     @property
     def mask(self):
-        return up_to(self.lengths, self.ids.shape[1])
+        return length_mask(self.lengths, self.ids.shape[1])
 
     def rows(self):
         return [row[:length].tolist() for row, length in zip(self.ids, self.lengths)]
@@ -401,7 +401,7 @@ class Sampler:
         last, member = prompts.lengths[:, None] - 1, torch.arange(G, device=self.device)
         self.cache[:, :, places, :width] = torch.stack([*map(torch.stack, self.model(prompts)[1])])
         self.bias[places] = NEGATIVE
-        self.bias[places, :, :width] *= ~up_to(last[:, 0], width)[:, None]
+        self.bias[places, :, :width] *= ~length_mask(last[:, 0], width)[:, None]
         seeds = mix(seeds.to(self.device).int())[:, None]
         for name, value in dict(
                 token=prompts.ids.gather(1, last), clock=0, length=0, done=False, ids=0, logprobs=0,
@@ -422,7 +422,7 @@ class Sampler:
             q = rotary_cache(q, k, v, *rope, keys, values, slot)
             return decode_attention(q, keys, values, self.bias[:, :, :window], ends)
 
-        text = self.model.text
+        text = self.model.decoder
         hidden = text(text.embed_tokens(self.token), self.origin + self.clock, attend)
         token, logprob = sample(hidden, self.model.lm_head.weight, self.banned,
                                 *self.heat.split(1), mix(self.stream ^ mix(self.clock.int())))

@@ -9,11 +9,13 @@ prompts, forked rollouts and the sampler's static cache are one decoder with its
     B prompts, T tokens, P patches, D width, H heads, K kv-heads, E head width, V vocabulary,
     G group, L layers, R = B * G rollouts, N new tokens, M tokens that count (no padding)
 """
+import contextlib
 import functools
 import json
 import os
 import pathlib
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -24,7 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import data
-from kernels import rms_norm, rotary, swiglu, token_logprobs, up_to
+from kernels import NEGATIVE, length_mask, rms_norm, rotary, swiglu, token_logprobs
 
 # Fresh layers are the identity, tokens as large as pieces of picture: what attends knows itself.
 SPREAD = dict(embed_tokens=0.6, lm_head=0.02, position_embedding=0.02, o_proj=0.0, down_proj=0.0,
@@ -39,9 +41,10 @@ class CheckpointError(ValueError):
 
 def preset_config(size, processor):
     """config.json of a tabletop model: an Idefics3 for one 64x64 tile, 16 image tokens."""
-    v_layers, v_width, layers, width = SIZES[size]
-    vision = dict(hidden_size=v_width, intermediate_size=4 * v_width, num_hidden_layers=v_layers,
-                  num_attention_heads=v_width // 32, image_size=64, patch_size=8)
+    vision_layers, vision_width, layers, width = SIZES[size]
+    vision = dict(hidden_size=vision_width, intermediate_size=4 * vision_width,
+                  num_hidden_layers=vision_layers, num_attention_heads=vision_width // 32,
+                  image_size=64, patch_size=8)
     text = dict(model_type="llama", vocab_size=processor.tokenizer.get_vocab_size(), head_dim=32,
                 hidden_size=width, intermediate_size=width * 5 // 2, num_hidden_layers=layers,
                 num_attention_heads=width // 32, num_key_value_heads=width // 64,
@@ -66,25 +69,29 @@ DEFAULTS = {        # model_type: what hub files leave out of vision_config and 
 
 def read_config(raw):
     """config.json, flat or nested -> sizes. Raises CheckpointError for another model_type."""
-    if raw.get("model_type") not in DEFAULTS:
-        raise CheckpointError(f"model_type {raw.get('model_type')!r}, not {', '.join(DEFAULTS)}")
-    vision, text = DEFAULTS[raw["model_type"]]
-    given = raw.get("text_config", raw)
+    kind = raw.get("model_type")
+    if kind not in DEFAULTS:
+        raise CheckpointError(f"model_type {kind!r}, not {', '.join(DEFAULTS)}")
+    vision, text = DEFAULTS[kind]
+    given = raw.get("text_config", raw)              # Qwen's on the hub are flat
     rope = (given.get("rope_scaling") or {}) | (given.get("rope_parameters") or {})
-    vision, text = SimpleNamespace(**vision | raw["vision_config"]), text | rope | given
+    vision = vision | raw["vision_config"]
+    text = text | rope | given
     text.setdefault("num_key_value_heads", text["num_attention_heads"])
     text["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     tied = raw.get("tie_word_embeddings") or given.get("tie_word_embeddings", False)
-    return SimpleNamespace(vision=vision, text=SimpleNamespace(**text), image=raw["image_token_id"],
-                           qwen="qwen" in raw["model_type"], tied=tied,
-                           scale=raw.get("scale_factor", 2))
+    return SimpleNamespace(vision=SimpleNamespace(**vision), text=SimpleNamespace(**text),
+                           image_token=raw["image_token_id"], qwen="qwen" in kind, tied=tied,
+                           shuffle=raw.get("scale_factor", 2))
 
 
 # ------------------------------------------------------------------------------------- vision
 def attention(q, k, v, mask=None, causal=False):
     """q (B, T, H, E); k, v (B, S, K, E); mask (B, 1, T or 1, S) -> (B, T, H, E)"""
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))        # GPUs have no fused masked GQA
+    queries_per_head = q.shape[2] // k.shape[2]
+    k = k.repeat_interleave(queries_per_head, 2)            # GPUs have no fused masked GQA
+    v = v.repeat_interleave(queries_per_head, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))        # (B, H, T, E) and twice (B, H, S, E)
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
     return out.transpose(1, 2)
 
@@ -92,7 +99,9 @@ def attention(q, k, v, mask=None, causal=False):
 class MLP(nn.Module):
     def __init__(self, D, wide, activation):
         super().__init__()
-        self.fc1, self.fc2, self.activation = nn.Linear(D, wide), nn.Linear(wide, D), activation
+        self.fc1 = nn.Linear(D, wide)
+        self.fc2 = nn.Linear(wide, D)
+        self.activation = activation
 
     def forward(self, x):
         return self.fc2(self.activation(self.fc1(x)))
@@ -101,7 +110,8 @@ class MLP(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, D, wide, bias=False):
         super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(D, wide, bias), nn.Linear(D, wide, bias)
+        self.gate_proj = nn.Linear(D, wide, bias)
+        self.up_proj = nn.Linear(D, wide, bias)
         self.down_proj = nn.Linear(wide, D, bias)
 
     def forward(self, x):
@@ -111,14 +121,17 @@ class SwiGLU(nn.Module):
 class VisionLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        D, self.heads = c.hidden_size, c.num_attention_heads
-        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(D, c.layer_norm_eps) for _ in range(2))
+        D = c.hidden_size
+        self.heads = c.num_attention_heads
+        self.layer_norm1 = nn.LayerNorm(D, c.layer_norm_eps)
+        self.layer_norm2 = nn.LayerNorm(D, c.layer_norm_eps)
         self.self_attn = nn.ModuleDict(
             {name: nn.Linear(D, D) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
         self.mlp = MLP(D, c.intermediate_size, functools.partial(F.gelu, approximate="tanh"))
 
     def forward(self, x):
-        attn, h = self.self_attn, self.layer_norm1(x)                          # (B, P, D)
+        attn = self.self_attn
+        h = self.layer_norm1(x)                                                # (B, P, D)
         q, k, v = (proj(h).unflatten(-1, (self.heads, -1))                     # (B, P, H, E)
                    for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
         x = x + attn.out_proj(attention(q, k, v).flatten(2))
@@ -129,9 +142,11 @@ class Vision(nn.Module):
     """SigLIP: patches and a position table in, one vector a patch out."""
     def __init__(self, c):
         super().__init__()
-        D, patches = c.hidden_size, (c.image_size // c.patch_size) ** 2
-        patch, position = nn.Conv2d(3, D, c.patch_size, c.patch_size), nn.Embedding(patches, D)
-        self.embeddings = nn.ModuleDict(dict(patch_embedding=patch, position_embedding=position))
+        D = c.hidden_size
+        P = (c.image_size // c.patch_size) ** 2
+        self.embeddings = nn.ModuleDict(dict(
+            patch_embedding=nn.Conv2d(3, D, c.patch_size, c.patch_size),
+            position_embedding=nn.Embedding(P, D)))
         layers = nn.ModuleList(VisionLayer(c) for _ in range(c.num_hidden_layers))
         self.encoder = nn.ModuleDict(dict(layers=layers))
         self.post_layernorm = nn.LayerNorm(D, c.layer_norm_eps)
@@ -143,6 +158,22 @@ class Vision(nn.Module):
         for layer in self.encoder.layers:
             x = layer(x)
         return self.post_layernorm(x)
+
+
+class Connector(nn.Module):
+    """Pixel shuffle: r x r neighbouring patches become one image token, by one linear layer."""
+    def __init__(self, shuffle, vision_width, D):
+        super().__init__()
+        self.shuffle = shuffle
+        proj = nn.Linear(vision_width * shuffle ** 2, D, bias=False)
+        self.modality_projection = nn.ModuleDict(dict(proj=proj))
+
+    def forward(self, x):
+        """x (B, P, vision width) -> (B * P / r², D)"""
+        r = self.shuffle
+        side = int(x.shape[1] ** 0.5) // r
+        blocks = x.unflatten(1, (side, r, side, r)).transpose(2, 3)    # (B, side, side, r, r, .)
+        return self.modality_projection.proj(blocks.reshape(len(x) * side ** 2, -1))
 
 
 class Rope(nn.Module):
@@ -165,7 +196,8 @@ class Ragged:
     """Where the M tokens that count stand in a padded (B, T) grid, half of which is padding. Linear
     layers see the tokens alone; only attention sees the grid."""
     def __init__(self, mask):
-        self.mask, self.places = mask, mask.flatten().nonzero()[:, 0]
+        self.mask = mask                                                       # (B, T)
+        self.places = mask.flatten().nonzero()[:, 0]                           # (M,)
 
     def pack(self, x):
         """(B, T, ...) -> (M, ...)"""
@@ -180,14 +212,19 @@ class Ragged:
 class QwenLayer(nn.Module):
     def __init__(self, c, D, norm):
         super().__init__()
-        self.heads, self.norm1, self.norm2 = c.num_heads, norm(D, eps=1e-6), norm(D, eps=1e-6)
+        self.heads = c.num_heads
+        self.norm1 = norm(D, eps=1e-6)
+        self.norm2 = norm(D, eps=1e-6)
         self.attn = nn.ModuleDict(dict(qkv=nn.Linear(D, 3 * D), proj=nn.Linear(D, D)))
-        self.mlp = (SwiGLU(D, c.intermediate_size, True) if c.window_size else
-                    MLP(D, D * c.mlp_ratio, lambda x: x * torch.sigmoid(1.702 * x)))
+        if c.window_size:            # Qwen2.5-VL
+            self.mlp = SwiGLU(D, c.intermediate_size, bias=True)
+        else:
+            self.mlp = MLP(D, D * c.mlp_ratio, lambda x: x * torch.sigmoid(1.702 * x))
 
     def forward(self, x, rope, segments):
         """x (P, D); rope: cos, sin (P, E); segments: Ragged, one row for patches that may meet."""
-        q, k, v = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        qkv = self.attn.qkv(self.norm1(x))
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)             # (P, H, E)
         q, k, v = (segments.pad(x) for x in (rotary(q, *rope), rotary(k, *rope), v))
         mixed = attention(q, k, v, segments.mask[:, None, None])               # (B, T, H, E)
         x = x + self.attn.proj(segments.pack(mixed).flatten(1))
@@ -197,39 +234,49 @@ class QwenLayer(nn.Module):
 def window_order(grids, side):
     """Sorts the image tokens of all pictures into windows of side x side. grids (N, 2) ->
     order (P / 4,); row and column of each patch in that order (P, 2); patches in each window."""
-    order, places, windows, inner = [], [], [], torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
+    block = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])   # the four patches of an image token
+    order, places, windows = [], [], []
+    tokens_before = 0
     for rows, columns in grids.tolist():
-        step = torch.arange(rows * columns)
-        row, column = step // columns, step % columns
+        token = torch.arange(rows * columns)
+        row, column = token // columns, token % columns
         window = row // side * columns + column // side
-        some = window.argsort(stable=True)
-        order.append(some + sum(map(len, order)))
-        places.append(2 * torch.stack([row, column], 1)[some, None] + inner)   # (P / 4, 4, 2)
+        by_window = window.argsort(stable=True)
+        order.append(tokens_before + by_window)
+        corner = 2 * torch.stack([row, column], 1)[by_window]                  # (P / 4, 2)
+        places.append((corner[:, None] + block).flatten(0, 1))                 # (P, 2)
         windows.append(4 * window.unique(return_counts=True)[1])
-    return torch.cat(order), torch.cat(places).flatten(0, 1), torch.cat(windows)
+        tokens_before += rows * columns
+    return torch.cat(order), torch.cat(places), torch.cat(windows)
 
 
 class QwenVision(nn.Module):
     """Qwen2-VL's ViT; in Qwen2.5-VL's most layers see windows of 112x112 pixels alone."""
     def __init__(self, c, out):
         super().__init__()
-        D, norm = (c.hidden_size, nn.RMSNorm) if c.window_size else (c.embed_dim, nn.LayerNorm)
-        width, patch = D // c.num_heads // 2, c.patch_size
+        patch = c.patch_size
+        if c.window_size:            # Qwen2.5-VL
+            D, norm = c.hidden_size, nn.RMSNorm
+            self.side, self.full = c.window_size // (2 * patch), c.fullatt_block_indexes
+        else:
+            D, norm = c.embed_dim, nn.LayerNorm
+            self.side, self.full = 1 << 30, range(c.depth)
         self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv3d(3, D, (2, patch, patch), bias=False)))
         self.blocks = nn.ModuleList(QwenLayer(c, D, norm) for _ in range(c.depth))
         self.merger = nn.ModuleDict(dict(ln_q=norm(D, eps=1e-6), mlp=nn.Sequential(
             nn.Linear(4 * D, 4 * D), nn.GELU(), nn.Linear(4 * D, out))))
-        self.side = c.window_size // (2 * patch) if c.window_size else 1 << 30
-        self.full = c.fullatt_block_indexes if c.window_size else range(c.depth)
-        self.rope = Rope(1e4, width, [0] * (width // 2) + [1] * (width // 2), repeat=2)
+        half = D // c.num_heads // 2                         # of a head turns with the row
+        self.rope = Rope(1e4, half, [0] * (half // 2) + [1] * (half // 2), repeat=2)
 
     def forward(self, pixels, grids):
         """pixels (P, 3 * 2 * 14 * 14), blocks of 2x2 patches; grids (N, 2) -> (P / 4, out)"""
         weight = self.patch_embed.proj.weight
         order, places, windows = (x.to(weight.device) for x in window_order(grids, self.side))
         x = F.linear(pixels.type_as(weight), weight.flatten(1)).type_as(weight)    # (P, D)
-        x, rope = x.unflatten(0, (-1, 4))[order].flatten(0, 1), self.rope(places)
-        windows, pictures = Ragged(up_to(windows)), Ragged(up_to(4 * grids.prod(1)))
+        x = x.unflatten(0, (-1, 4))[order].flatten(0, 1)
+        rope = self.rope(places)
+        windows = Ragged(length_mask(windows))
+        pictures = Ragged(length_mask(4 * grids.prod(1)))
         for index, layer in enumerate(self.blocks):
             x = layer(x, rope, pictures if index in self.full else windows)
         x = self.merger.mlp(self.merger.ln_q(x).unflatten(0, (-1, 4)).flatten(1))
@@ -244,24 +291,27 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Layer(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, index):
         super().__init__()
-        D, self.head_width, bias = c.hidden_size, c.head_dim, c.attention_bias
+        D, bias = c.hidden_size, c.attention_bias
         wide, narrow = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.index = index
+        self.head_width = c.head_dim
         self.self_attn = nn.ModuleDict(dict(
             q_proj=nn.Linear(D, wide, bias), k_proj=nn.Linear(D, narrow, bias),
-            v_proj=nn.Linear(D, narrow, bias), o_proj=nn.Linear(wide, D, False)))
+            v_proj=nn.Linear(D, narrow, bias), o_proj=nn.Linear(wide, D, bias=False)))
         self.mlp = SwiGLU(D, c.intermediate_size)
         self.input_layernorm = RMSNorm(D, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(D, c.rms_norm_eps)
 
-    def forward(self, x, delta, attend):
+    def forward(self, x, delta, rope, attend):
         """x (M, D), the residual stream; delta, what the layer before adds to it."""
         attn = self.self_attn
         x, h = self.input_layernorm(x, delta)
-        q, k, v = (proj(h).unflatten(-1, (-1, self.head_width))                # (M, H, E)
+        q, k, v = (proj(h).unflatten(-1, (-1, self.head_width))                # (M, H or K, E)
                    for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
-        x, h = self.post_attention_layernorm(x, attn.o_proj(attend(q, k, v).flatten(1)))
+        mixed = attend(self.index, q, k, v, rope)                              # (M, H, E)
+        x, h = self.post_attention_layernorm(x, attn.o_proj(mixed.flatten(1)))
         return x, self.mlp(h)
 
 
@@ -269,7 +319,7 @@ class Decoder(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(c, index) for index in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         sections = getattr(c, "mrope_section", [c.head_dim // 2])
         axis = [axis for axis, count in enumerate(sections) for _ in range(count)]
@@ -277,9 +327,10 @@ class Decoder(nn.Module):
 
     def forward(self, x, positions, attend):
         """x (M, D) embedded -> (M, D). attend(layer, q, k, v, rope) -> (M, H, E)."""
-        rope, delta = self.rope(positions), None
-        for index, layer in enumerate(self.layers):
-            x, delta = layer(x, delta, lambda q, k, v, index=index: attend(index, q, k, v, rope))
+        rope = self.rope(positions)
+        delta = None
+        for layer in self.layers:
+            x, delta = layer(x, delta, rope, attend)
         return self.norm(x, delta)[1]
 
 
@@ -287,84 +338,127 @@ class VLM(nn.Module):
     """A vision-language model. `raw` is its config.json."""
     def __init__(self, raw):
         super().__init__()
-        self.raw, self.config = raw, read_config(raw)
-        c, text, self.vocabulary = self.config, self.config.text, self.config.text.vocab_size
-        self.model = nn.ModuleDict(
-            dict(visual=QwenVision(c.vision, text.hidden_size), language_model=Decoder(text))
-            if c.qwen else dict(vision_model=Vision(c.vision), text_model=Decoder(text),
-                                connector=nn.ModuleDict(dict(modality_projection=nn.ModuleDict(dict(
-                                    proj=nn.Linear(c.vision.hidden_size * c.scale ** 2,
-                                                   text.hidden_size, False)))))))
-        self.lm_head = nn.Linear(text.hidden_size, self.vocabulary, False)
+        self.raw = raw
+        self.config = c = read_config(raw)
+        D, self.vocabulary = c.text.hidden_size, c.text.vocab_size
+        if c.qwen:
+            parts = dict(visual=QwenVision(c.vision, D), language_model=Decoder(c.text))
+        else:
+            parts = dict(vision_model=Vision(c.vision), text_model=Decoder(c.text),
+                         connector=Connector(c.shuffle, c.vision.hidden_size, D))
+        self.model = nn.ModuleDict(parts)
+        self.lm_head = nn.Linear(D, self.vocabulary, bias=False)
         self.adapter = None          # PEFT's adapter_config.json, where the model has LoRA
         self.tie()
 
     @property
-    def text(self):
+    def decoder(self):
         return self.model.language_model if self.config.qwen else self.model.text_model
 
     def tie(self):
         if self.config.tied:
-            self.lm_head.weight = self.text.embed_tokens.weight
+            self.lm_head.weight = self.decoder.embed_tokens.weight
 
     def features(self, pixels, grids):
         """The image tokens of all pictures in reading order. -> (tokens, D)"""
         if self.config.qwen:
             return self.model.visual(pixels, grids)
-        x, r = self.model.vision_model(pixels), self.config.scale              # (N, P, D)
-        side = int(x.shape[1] ** 0.5) // r                   # pixel shuffle: r x r patches in one
-        x = x.unflatten(1, (side, r, side, r)).transpose(2, 3).reshape(len(x) * side ** 2, -1)
-        return self.model.connector.modality_projection.proj(x)
+        return self.model.connector(self.model.vision_model(pixels))
 
     def embed(self, ids, batch):
         """Tokens, with each image token replaced by its piece of picture. (M,) -> (M, D)"""
-        x, places = self.text.embed_tokens(ids), ids == self.config.image
+        x = self.decoder.embed_tokens(ids)
         if len(batch.pixels):
             features = self.features(batch.pixels, batch.grids)
+            places = ids == self.config.image_token                            # (M,)
             if int(places.sum()) != len(features):
                 raise ValueError(f"{int(places.sum())} image tokens, but {len(features)} features")
             x = x.masked_scatter(places[:, None], features.type_as(x))
         return x
 
-    def run(self, x, positions, ragged, mask=None, past=None):
+    def decode(self, x, positions, ragged, mask=None, past=None):
         """The decoder over embedded tokens x (M, D): causal, or by a mask (B, 1, T, S) after
         `past(layer)` -> hidden states (M, D), cache: L pairs of keys and values (B, T, K, E)."""
-        cache = [None] * len(self.text.layers)
+        cache = [None] * len(self.decoder.layers)
 
         def attend(layer, q, k, v, rope):
-            q, k, v = (ragged.pad(x) for x in (rotary(q, *rope), rotary(k, *rope), v))
+            q = ragged.pad(rotary(q, *rope))                                   # (B, T, H, E)
+            k = ragged.pad(rotary(k, *rope))                                   # (B, T, K, E)
+            v = ragged.pad(v)
             cache[layer] = k, v
             if past:
-                k, v = (torch.cat(pair, 1) for pair in zip(past(layer), (k, v)))
+                past_keys, past_values = past(layer)
+                k = torch.cat([past_keys, k], 1)                               # (B, S, K, E)
+                v = torch.cat([past_values, v], 1)
             return ragged.pack(attention(q, k, v, mask, causal=mask is None))
 
-        return self.text(x, positions, attend), cache
+        return self.decoder(x, positions, attend), cache
 
     def forward(self, batch):
         """Reads B prompts -> hidden states (B, T, D), and the cache that rollouts fork from."""
-        ragged = Ragged(up_to(batch.lengths, batch.ids.shape[1]))
-        x = self.embed(ragged.pack(batch.ids), batch)
-        hidden, cache = self.run(x, ragged.pack(batch.positions), ragged)
+        ragged = Ragged(length_mask(batch.lengths, batch.ids.shape[1]))
+        x = self.embed(ragged.pack(batch.ids), batch)                          # (M, D)
+        hidden, cache = self.decode(x, ragged.pack(batch.positions), ragged)
         return ragged.pad(hidden), cache
 
     def score(self, prompts, ids, mask, group=1, banned=None, temperature=1.0):
         """Log-prob and entropy of every response token: the one scorer of SFT, GRPO and tests.
         prompts: Batch of B; ids (R, N) responses; mask (R, N) True where a token counts
-        -> two tensors (R, N), zero where the mask is False. Prompts are read once; their rollouts
-        begin with the prompt's last token, and attend to the prompt and to themselves."""
-        last, step = (prompts.lengths - 1)[:, None], torch.arange(ids.shape[1], device=ids.device)
-        token, start, length = (x.gather(1, last).repeat_interleave(group, 0) for x in (
-            prompts.ids, prompts.positions[..., 0], last.expand_as(prompts.ids)))
-        seen = up_to(length[:, 0], prompts.ids.shape[1])                       # (R, T)
-        seen = torch.cat([seen[:, None].expand(-1, len(step), -1),
-                          (step <= step[:, None]).expand(len(ids), -1, -1)], -1)[:, None]
-        ragged, cache = Ragged(mask), self(prompts)[1]
-        x = self.text.embed_tokens(ragged.pack(torch.cat([token, ids[:, :-1]], 1)))
-        hidden, _ = self.run(x, ragged.pack(start + step), ragged, seen, lambda layer: [
-            x.repeat_interleave(group, 0) for x in cache[layer]])              # (M, D)
-        figures = token_logprobs(hidden, self.lm_head.weight, ids[mask], banned, temperature)
-        place = torch.zeros(ids.shape, dtype=figures[0].dtype, device=ids.device)
-        return [place.masked_scatter(mask, figure) for figure in figures]
+        -> two tensors (R, N), zero where the mask is False.
+
+        `score_plain` is the textbook form. Here a prompt is read once for its whole group: its keys
+        and values are forked to the rollouts (with gradient). The hidden state of the prompt's
+        last token predicts the first response token, so that token is run again as the first
+        input of each rollout, and is masked out of the forked cache."""
+        R, N = ids.shape
+        prompt = torch.arange(len(prompts.ids), device=ids.device)
+        last = prompts.lengths - 1                                             # (B,)
+
+        def per_rollout(x):                                                    # (B, ...) -> (R, ...)
+            return x.repeat_interleave(group, 0)
+
+        first = per_rollout(prompts.ids[prompt, last])[:, None]                # (R, 1)
+        start = per_rollout(prompts.positions[prompt, last, 0])[:, None]       # (R, 1)
+        inputs = torch.cat([first, ids[:, :-1]], 1)                            # (R, N)
+        positions = start + torch.arange(N, device=ids.device)                 # (R, N)
+        in_prompt = per_rollout(length_mask(last, prompts.ids.shape[1]))       # (R, T)
+        causal = torch.ones(N, N, dtype=torch.bool, device=ids.device).tril()
+        visible = torch.cat([in_prompt[:, None].expand(R, N, -1),
+                             causal.expand(R, N, N)], -1)[:, None]             # (R, 1, N, T + N)
+        _, cache = self(prompts)
+
+        def forked(layer):
+            keys, values = cache[layer]
+            return per_rollout(keys), per_rollout(values)                      # (R, T, K, E)
+
+        ragged = Ragged(mask)
+        x = self.decoder.embed_tokens(ragged.pack(inputs))
+        hidden, _ = self.decode(x, ragged.pack(positions), ragged, visible, forked)      # (M, D)
+        logprob, entropy = token_logprobs(hidden, self.lm_head.weight, ids[mask], banned,
+                                          temperature)                         # (M,)
+        return ragged.pad(logprob), ragged.pad(entropy)
+
+    def score_plain(self, prompts, ids, mask, group=1, banned=None, temperature=1.0):
+        """The textbook form of `score`, and its reference: prompt and response in one row, whole
+        logits, and no label for the prompt's tokens. One row at a time; slow."""
+        logprob, entropy = (self.lm_head.weight.new_zeros(ids.shape) for _ in range(2))
+        for r in range(len(ids)):
+            prompt = prompts.part(r // group, r // group + 1)
+            T, n = int(prompt.lengths), int(mask[r].sum())
+            response = ids[r, :n]
+            after = torch.arange(1, n + 1, device=ids.device)[:, None]         # (n, 1)
+            row = replace(prompt, lengths=prompt.lengths + n,
+                          ids=torch.cat([prompt.ids[:, :T], response[None]], 1),
+                          positions=torch.cat([prompt.positions[:, :T],
+                                               prompt.positions[:, T - 1:T] + after], 1))
+            hidden, _ = self(row)                                              # (1, T + n, D)
+            logits = self.lm_head(hidden[0, T - 1:-1]) / temperature   # (n, V) i predicts i + 1
+            if banned is not None:
+                logits = logits.masked_fill(banned, NEGATIVE)
+            logp = logits.log_softmax(-1)                                      # (n, V)
+            logprob[r, :n] = logp.gather(1, response[:, None])[:, 0]
+            entropy[r, :n] = -(logp.exp() * logp).sum(-1)
+        return logprob, entropy
 
 
 # ------------------------------------------------------------------- to fit a consumer's GPU
@@ -376,34 +470,61 @@ def recompute_activations(model):
                                               preserve_rng_state=False)
 
 
-class LoRA(nn.Linear):
-    """W x + alpha / rank B A x, with W frozen and B zero at first (Hu et al. 2021, section 4.1).
-    With LoRA.on = False every model is the one that it adapts."""
-    on = True
+class LoRA(nn.Module):
+    """A linear layer W and what it learns: W x + alpha / rank B A x, with W frozen and B zero at
+    first (Hu et al. 2021, section 4.1)."""
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        device = linear.weight.device
+        self.weight = linear.weight  # under its own name: a checkpoint does not see the adapter
+        self.bias = linear.bias
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device=device)
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device=device)
+        nn.init.zeros_(self.lora_B.weight)
+        self.scale = alpha / rank
+        self.enabled = True
 
     def forward(self, x):
-        if not self.on:
-            return super().forward(x)
-        low = F.linear(x, self.lora_A.weight.type_as(x))
-        return super().forward(x) + self.scale * F.linear(low, self.lora_B.weight.type_as(x))
+        out = F.linear(x, self.weight, self.bias)
+        if self.enabled:
+            low = F.linear(x, self.lora_A.weight.type_as(x))                   # (..., rank)
+            out = out + self.scale * F.linear(low, self.lora_B.weight.type_as(x))
+        return out
+
+    def merged(self):
+        """W + alpha / rank B A, the one matrix that does the same."""
+        return self.weight + self.scale * (self.lora_B.weight @ self.lora_A.weight).float()
+
+
+def adapters(model):
+    return [layer for layer in model.modules() if isinstance(layer, LoRA)]
+
+
+@contextlib.contextmanager
+def without_adapters(model):
+    """Inside, the model is the one that its adapters adapt."""
+    for adapter in adapters(model):
+        adapter.enabled = False
+    try:
+        yield model
+    finally:
+        for adapter in adapters(model):
+            adapter.enabled = True
 
 
 def add_lora(model, rank, alpha, targets, base=None):
     """Freezes a model and adapts the decoder's linear layers whose names are among `targets`."""
-    names, device = [name.strip() for name in targets.split(",")], model.lm_head.weight.device
+    names = [name.strip() for name in targets.split(",")]
     model.requires_grad_(False)
-    for name, layer in list(model.text.named_modules()):
+    for name, layer in list(model.decoder.named_modules()):
         if name.split(".")[-1] in names and isinstance(layer, nn.Linear):
-            layer.__class__, layer.scale = LoRA, alpha / rank
-            layer.lora_A = nn.Linear(layer.in_features, rank, False, device)
-            layer.lora_B = nn.Linear(rank, layer.out_features, False, device)
-            nn.init.zeros_(layer.lora_B.weight)
-    if not any(p.requires_grad for p in model.parameters()):
+            model.decoder.set_submodule(name, LoRA(layer, rank, alpha))
+    if not adapters(model):
         raise CheckpointError(f"--lora-targets {targets}: no such linear layer in the decoder; "
                               "its layers have q_proj, k_proj, v_proj, o_proj, gate_proj, ...")
-    text = "language_model" if model.config.qwen else "text_model"
+    decoder = "language_model" if model.config.qwen else "text_model"
     model.adapter = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=alpha,
-                         target_modules=rf".*{text}.*\.({'|'.join(names)})", lora_dropout=0.0,
+                         target_modules=rf".*{decoder}.*\.({'|'.join(names)})", lora_dropout=0.0,
                          bias="none", base_model_name_or_path=base)
 
 
@@ -412,7 +533,7 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write(path, content, metadata=None):
+def write_file(path, content, metadata=None):
     """A text, or {name: tensor}; whenever it is killed, a reader sees the old file or the new."""
     new = pathlib.Path(f"{path}.new")
     new.parent.mkdir(parents=True, exist_ok=True)
@@ -432,52 +553,71 @@ SIDE_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer_co
 
 def tabletop_files(processor):
     """{name: text} of the side files of a model made from scratch."""
-    image = dict(image_processor_type="Idefics3ImageProcessor", image_mean=processor.MEAN,
-                 image_std=processor.STD, max_image_size={"longest_edge": processor.tile})
-    whole = dict(processor_class="Idefics3Processor", image_seq_len=processor.image_tokens)
-    words = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=data.START,
-                 eos_token=data.STOP, pad_token=data.PAD)
-    return dict(zip(SIDE_FILES, map(json.dumps, (image, whole, words)))) | {
+    return {
+        "preprocessor_config.json": json.dumps(dict(
+            image_processor_type="Idefics3ImageProcessor", image_mean=processor.MEAN,
+            image_std=processor.STD, max_image_size={"longest_edge": processor.tile})),
+        "processor_config.json": json.dumps(dict(
+            processor_class="Idefics3Processor", image_seq_len=processor.image_tokens)),
+        "tokenizer_config.json": json.dumps(dict(
+            tokenizer_class="PreTrainedTokenizerFast", bos_token=data.START, eos_token=data.STOP,
+            pad_token=data.PAD)),
         "chat_template.jinja": data.CHAT_TEMPLATE}
 
 
 def hub_name(name):
     """What the hub calls a tensor: the parts of Qwen's models had other names there."""
-    return re.sub(r"^model\.language_model", "model", re.sub(r"^model\.visual", "visual", name))
+    name = re.sub(r"^model\.visual", "visual", name)
+    return re.sub(r"^model\.language_model", "model", name)
 
 
 def hub_state(model):
     """The tensors as others know them: names of the hub, adapters merged, no head that is tied."""
-    added = {f"{name}.weight": m.scale * (m.lora_B.weight @ m.lora_A.weight).float()
-             for name, m in model.named_modules() if isinstance(m, LoRA)}
-    return {hub_name(name): (tensor + added[name]).cpu() if name in added else tensor
-            for name, tensor in model.state_dict().items()
-            if "lora_" not in name and not (model.config.tied and name == "lm_head.weight")}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if "lora_" in name or model.config.tied and name == "lm_head.weight":
+            continue
+        layer, _, kind = name.rpartition(".")
+        if kind == "weight" and isinstance(model.get_submodule(layer), LoRA):
+            tensor = model.get_submodule(layer).merged().cpu()
+        tensors[hub_name(name)] = tensor
+    return tensors
 
 
-def save(model, processor, directory):
+def side_files(model, processor):
+    """{name: text}: the side files as they came, with what this run changed."""
+    files, size = dict(processor.files), processor.preprocessing()
+
+    def change(name, **fields):
+        files[name] = json.dumps(json.loads(files.get(name, "{}")) | fields)
+
+    change("preprocessor_config.json", **size)
+    nested = json.loads(files.get("processor_config.json", "{}")).get("image_processor")
+    if nested:                       # where transformers 5 keeps it
+        change("processor_config.json", image_processor=nested | size)
+    banned = processor.banned(model.vocabulary).nonzero()[:, 0].tolist()
+    change("generation_config.json", eos_token_id=processor.stop, pad_token_id=processor.pad,
+           suppress_tokens=banned)
+    return files
+
+
+def save_checkpoint(model, processor, directory):
     """Writes what transformers, vLLM and TRL open: adapters merged; in adapter/ what peft opens."""
     directory = pathlib.Path(directory)
-    banned = processor.banned(model.vocabulary).nonzero().flatten().tolist()
-    ours = {"preprocessor_config.json": processor.preprocessing(), "generation_config.json": dict(
-        eos_token_id=processor.stop, pad_token_id=processor.pad, suppress_tokens=banned)}
-    nested = json.loads(processor.files.get("processor_config.json", "{}")).get("image_processor")
-    if nested:                       # where transformers 5 keeps it
-        ours["processor_config.json"] = {"image_processor": nested | processor.preprocessing()}
-    files = processor.files | {name: json.dumps(json.loads(processor.files.get(name, "{}")) | some)
-                               for name, some in ours.items()}
-    files |= {"config.json": json.dumps(model.raw, indent=1),
-              "prompt.json": json.dumps(processor.style, indent=1),
-              "tokenizer.json": processor.tokenizer.to_str(pretty=True)}
-    for name, text in files.items():
-        write(directory / name, text)
+    texts = side_files(model, processor) | {
+        "config.json": json.dumps(model.raw, indent=1),
+        "prompt.json": json.dumps(processor.style, indent=1),
+        "tokenizer.json": processor.tokenizer.to_str(pretty=True)}
+    for name, text in texts.items():
+        write_file(directory / name, text)
     dtype = getattr(torch, model.raw.get("dtype") or model.raw.get("torch_dtype") or "float32")
     tensors = {name: tensor.to("cpu", dtype) for name, tensor in hub_state(model).items()}
-    write(directory / "model.safetensors", tensors)
+    write_file(directory / "model.safetensors", tensors)
     if model.adapter:
-        write(directory / "adapter" / "adapter_config.json", json.dumps(model.adapter))
-        write(directory / "adapter" / "adapter_model.safetensors", {
-            f"base_model.model.{n}": t for n, t in model.state_dict().items() if "lora_" in n})
+        tensors = {f"base_model.model.{name}": tensor
+                   for name, tensor in model.state_dict().items() if "lora_" in name}
+        write_file(directory / "adapter" / "adapter_config.json", json.dumps(model.adapter))
+        write_file(directory / "adapter" / "adapter_model.safetensors", tensors)
 
 
 def check_tensors(expected, got, where):
@@ -502,40 +642,56 @@ def read_file(read, path):
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
-def load(directory, device="cpu", dtype=torch.float32, prompt=None, may_differ=True):
-    """-> (VLM, Processor) of a run directory or a downloaded SmolVLM, Qwen2-VL or Qwen2.5-VL.
-    prompt: some of data.PROMPT; may_differ: may contradict prompt.json. Strict: check_tensors."""
-    directory = pathlib.Path(directory)
-    with torch.device("meta"):
-        model = read_file(lambda path: VLM(read_json(path)), directory / "config.json")
-    tokenizer = read_file(lambda path: Tokenizer.from_file(str(path)), directory / "tokenizer.json")
-    tokenizer.no_truncation()        # files of other trainings keep these
-    tokenizer.no_padding()
+def load_weights(model, directory, dtype):
+    """Reads the weights, of one file or of shards, into a model that has none yet."""
     index, shards = directory / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
         shards = sorted(set(read_file(read_json, index)["weight_map"].values()))
-    tensors = {hub_name(name): tensor.to(dtype) for shard in shards
-               for name, tensor in read_file(load_file, directory / shard).items()
-               if name != "lm_head.weight" or not model.config.tied}
+    tensors = {}
+    for shard in shards:
+        for name, tensor in read_file(load_file, directory / shard).items():
+            if name != "lm_head.weight" or not model.config.tied:
+                tensors[hub_name(name)] = tensor.to(dtype)
     check_tensors(hub_state(model), tensors, directory)
-    ours = {hub_name(name): name for name in model.state_dict()}      # strict but for a tied head
-    model.load_state_dict({ours[n]: t for n, t in tensors.items()}, strict=False, assign=True)
+    ours = {hub_name(name): name for name in model.state_dict()}
+    model.load_state_dict({ours[name]: tensor for name, tensor in tensors.items()}, assign=True,
+                          strict=False)              # check_tensors was; a tied head is not there
     model.tie()
-    files = {n: (directory / n).read_text("utf-8") for n in SIDE_FILES if (directory / n).exists()}
-    path, c = directory / "prompt.json", model.config.vision
+
+
+def load_processor(model, directory, prompt, may_differ):
+    """The tokenizer, and how the model is asked and shown pictures."""
+    tokenizer = read_file(lambda path: Tokenizer.from_file(str(path)), directory / "tokenizer.json")
+    tokenizer.no_truncation()        # files of other trainings keep these
+    tokenizer.no_padding()
+    files = {name: (directory / name).read_text("utf-8") for name in SIDE_FILES
+             if (directory / name).exists()}
+    path = directory / "prompt.json"
     stored = read_file(read_json, path) if path.exists() else {}
     style = stored | (prompt or {})
     if stored and style != stored and not may_differ:
         raise CheckpointError(f"{path}: this model was trained with {stored}; got {prompt}. "
                               "Leave these options out, or train with them")
+    vision = model.config.vision
     if model.config.qwen:
-        processor = data.QwenProcessor(tokenizer, 2 * c.patch_size, 1, style, files)
+        processor = data.QwenProcessor(tokenizer, 2 * vision.patch_size, 1, style, files)
     else:
-        side = c.image_size // c.patch_size // model.config.scale
-        processor = data.Processor(tokenizer, c.image_size, side ** 2, style, files)
-    if processor.stop is None or processor.image != model.config.image:
+        side = vision.image_size // vision.patch_size // model.config.shuffle
+        processor = data.Processor(tokenizer, vision.image_size, side ** 2, style, files)
+    if processor.stop is None or processor.image != model.config.image_token:
         raise CheckpointError(f"{directory}: tokenizer: {processor.IMAGE} is {processor.image}"
                               f", {processor.STOP} is {processor.stop}; config.json disagrees")
+    return processor
+
+
+def load_checkpoint(directory, device="cpu", dtype=torch.float32, prompt=None, may_differ=True):
+    """-> (VLM, Processor) of a run directory or a downloaded SmolVLM, Qwen2-VL or Qwen2.5-VL.
+    prompt: some of data.PROMPT; may_differ: may contradict prompt.json. Strict: check_tensors."""
+    directory = pathlib.Path(directory)
+    with torch.device("meta"):
+        model = read_file(lambda path: VLM(read_json(path)), directory / "config.json")
+    processor = load_processor(model, directory, prompt, may_differ)
+    load_weights(model, directory, dtype)
     return model.to(device), processor
 
 
@@ -546,6 +702,7 @@ def fresh(size, examples, seed, prompt=None):
     processor.files = tabletop_files(processor)
     model = VLM(preset_config(size, processor))
     for name, layer in model.named_modules():
-        if (last := name.split(".")[-1]) in SPREAD:
-            nn.init.normal_(layer.weight, std=SPREAD[last])
+        kind = name.split(".")[-1]
+        if kind in SPREAD:
+            nn.init.normal_(layer.weight, std=SPREAD[kind])
     return model, processor

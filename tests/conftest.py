@@ -110,7 +110,7 @@ def start(tmp_path_factory):
         if not weight.any() and weight.ndim > 1:
             torch.nn.init.normal_(weight, std=0.05)
     out = tmp_path_factory.mktemp("start")
-    models.save(model, processor, out)
+    models.save_checkpoint(model, processor, out)
     return out
 
 

@@ -1,4 +1,4 @@
-"""What `python kernels.py` prints: how long each thing that has to be fast takes on this machine.
+"""python -m tests.speed: how long each thing that has to be fast takes on this machine.
 
 Beside it stands the floor, which no code can beat: its operations at the rate of a large product of
 matrices, or what sampling reads (weights and cache) at the rate of a large copy. (On a GPU kernels
@@ -24,7 +24,7 @@ import grpo
 import sft
 from evaluate import parse
 from kernels import Sampler, token_logprobs
-from model import fresh, save
+from model import fresh, save_checkpoint
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
@@ -140,7 +140,9 @@ def run_of(script, model, out, *options):
     """A run whose steps can be called by hand; its learning rate changes nothing."""
     words = f"--init {model} --device {DEVICE} --steps 99 --lr 1e-9 --out {out}".split()
     config = parse(script.Config, [*words, *options])
-    return sft.Run(config, *sft.starting_model(config, None, None), decay=False)
+    model, processor = sft.starting_model(config, None, None)
+    reference = copy.deepcopy(model).requires_grad_(False) if script is grpo else None
+    return sft.Run(config, model, processor, decay=False, reference=reference)
 
 
 def machine():
@@ -164,11 +166,11 @@ def measure_steps(c, row, rate, speed):
     with tempfile.TemporaryDirectory() as directory:
         if not c.model:
             c.model = f"{directory}/m"
-            save(*fresh("m", [data.base_example(i) for i in range(1000)], 0), c.model)
+            save_checkpoint(*fresh("m", [data.base_example(i) for i in range(1000)], 0), c.model)
         run = run_of(grpo, c.model, f"{directory}/grpo", *f"--prompts {c.prompts} --group "
                      f"{c.group} --max-new-tokens {c.new_tokens}".split())
         some = [data.world_example("train", 1)] * c.prompts      # all alike, so that nothing pads
-        prompts, reference = run.processor.batch(some), copy.deepcopy(run.model)
+        prompts = run.processor.batch(some)
         plain = Sampler(run.model, run.sampler.banned, -1, DTYPE, capture=False)
         run.sampler.stop = -1                                    # and every answer has full length
 
@@ -176,7 +178,7 @@ def measure_steps(c, row, rate, speed):
             return lambda: sampler.generate(prompts, *ask)
 
         work, read = operations(sample(plain)) / rate, plain.cache.nbytes / 2
-        read = c.new_tokens * (read + sum(p.nbytes for p in plain.model.text.parameters())) / speed
+        read = c.new_tokens * (read + sum(p.nbytes for p in plain.model.decoder.parameters())) / speed
         rivals = {"transformers generate": transformers_generate(c.model, prompts, *ask)
                   } if "transformers" in c.against else {}
         rivals |= {"the step not captured": sample(plain)} if CUDA else {}
@@ -185,17 +187,16 @@ def measure_steps(c, row, rate, speed):
             row(f"sampler, {shape}", in_turn(*ways), max(work, read), than)
 
         def grpo_step():
-            *experience, _ = grpo.rollout(run, some, prompts, 0)
-            grpo.update(run, reference, some, prompts, *experience)
+            grpo.explore(run, 0, some, prompts, None)
 
         row(f"GRPO step, {shape}", trl_grpo(grpo_step, c.model, some, *ask) if "trl" in c.against
             else in_turn(grpo_step), operations(grpo_step) / rate, "TRL's GRPOTrainer")
         run = run_of(sft, c.model, f"{directory}/sft")
         some = [data.world_example("train", i) for i in range(64)]
-        ahead = iter(run.processor.ahead(some, itertools.repeat(range(64)), DEVICE))
+        prepared = iter(run.processor.prefetch(some, itertools.repeat(range(64)), DEVICE))
 
         def sft_step():
-            sft.imitate(run, *next(ahead))
+            sft.imitate(run, 0, *next(prepared))
 
         row("SFT step, 64 rows", trl_sft(sft_step, c.model, some) if "trl" in c.against
             else in_turn(sft_step), operations(sft_step) / rate, "TRL's SFTTrainer")
@@ -224,3 +225,7 @@ def main():
     measure_steps(args, row, rate, speed)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

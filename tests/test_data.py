@@ -126,7 +126,7 @@ def test_base_tells_the_truth():
     for e in BASE:
         assert e.question.count(data.IMAGE) == len(e.images)
         if "<answer>" in e.response:
-            assert data.strip_answer(e.response) == worth(e.question, e.family, e.scene)
+            assert data.extract_answer(e.response) == worth(e.question, e.family, e.scene)
         for sentence, verdict in data.check_steps(e.scene, e.response):
             if re.fullmatch("[a-z ]+: [0-9]+", sentence):
                 assert verdict, (e.question, sentence)
@@ -581,7 +581,7 @@ def test_qwen_prompts_are_those_of_its_template(tokenizer, question, sizes, syst
 def test_a_part_of_a_batch_is_the_batch_of_the_part(family, checkpoint, start):
     """Steps once decoded every picture again for each of their parts; now they cut the batch."""
     import model as models
-    processor = models.load(checkpoint(family)[0] if family else start)[1]
+    processor = models.load_checkpoint(checkpoint(family)[0] if family else start)[1]
     examples = [data.world_example(split, i) for i, split in enumerate(("test", "text", "ood"))]
     examples[0].images, examples[0].question = examples[0].images * 2, "<image>" * 2 + "Which?"
     batch = processor.batch(examples)
@@ -598,7 +598,7 @@ def test_a_part_of_a_batch_is_the_batch_of_the_part(family, checkpoint, start):
 def test_workers_prepare_what_a_step_would(start):
     """With a GPU, workers make the batches ahead: the same, in the same order, errors included."""
     import model as models
-    processor, world = models.load(start)[1], data.World("train", size=40)
+    processor, world = models.load_checkpoint(start)[1], data.World("train", size=40)
     batches = [[7, 3, 30], [1], [2, 39]]
     for ahead in (processor.ahead(world, batches, device) for device in ("cuda", "cpu")):
         for indices, (some, batch, rows) in zip(batches, ahead, strict=True):
@@ -615,7 +615,7 @@ def test_an_error_in_a_worker_is_one_clear_line(start, tmp_path, monkeypatch):
     """A DataLoader hands it on with the whole traceback of the worker."""
     import evaluate
     import model as models
-    processor, world = models.load(start)[1], data.World("nowhere", size=1)
+    processor, world = models.load_checkpoint(start)[1], data.World("nowhere", size=1)
     monkeypatch.setattr(sys, "argv", ["evaluate.py"])
     with pytest.raises(SystemExit) as stopped:
         evaluate.run_script(lambda c: list(processor.ahead(world, [[0]], "cuda")),

@@ -142,8 +142,8 @@ def test_repeating_the_question_is_wrong():
     (r"\boxed{4} <answer>5</answer>", "5"), ("<answer>4</answer><answer> 5 </answer>", "5"),
     (r"\boxed{\boxed{5}}", "5"), (r"\boxed{5", r"\boxed{5"), (r"<think>\boxed{5}</think>", ""),
     (r"<think>it must be \boxed{5}", ""), ("<think>5", ""), ("<answer>5", "<answer>5")])
-def test_strip_answer(text, answer):
-    assert data.strip_answer(text) == answer
+def test_extract_answer(text, answer):
+    assert data.extract_answer(text) == answer
 
 
 def real_rows():
@@ -301,7 +301,7 @@ def test_summary_counts_questions_not_samples():
 def directory(tmp_path_factory):
     model, processor = models.fresh("s", [data.base_example(i) for i in range(300)], 0)
     out = tmp_path_factory.mktemp("model")
-    models.save(model, processor, out)
+    models.save_checkpoint(model, processor, out)
     return out
 
 
@@ -311,11 +311,11 @@ def test_rows_of_an_evaluation(tmp_path, directory, capsys):
     evaluate.main(evaluate.Config(model=str(directory), split="test,text", limit=7, samples=2,
                                   max_new_tokens=6, out=str(out), device="cpu",
                                   against=str(directory)))
-    rows = evaluate.read_rows(out)
+    rows = data.read_jsonl(out)
     assert len(rows) == 28 and [r["id"] for r in rows[:3]] == ["test/0", "test/0", "test/1"]
     assert {"id", "prompt_ids", "response_ids", "logprobs", "prompt", "response", "answer",
             "correct", "formatted", "faithful"} <= set(rows[0])
-    model, processor = models.load(directory)
+    model, processor = models.load_checkpoint(directory)
     row = rows[0]
     batch = processor.batch([data.world_example("test", 0)])
     assert batch.ids[0].tolist() == row["prompt_ids"]
@@ -328,7 +328,7 @@ def test_rows_of_an_evaluation(tmp_path, directory, capsys):
 
 
 def test_greedy_does_not_depend_on_the_batch(directory):
-    model, processor = models.load(directory)
+    model, processor = models.load_checkpoint(directory)
     sampler = kernels.Sampler(model, processor.banned(model.vocabulary), processor.stop)
     examples = [data.world_example("test", i) for i in range(9)]
     many = evaluate.evaluate(sampler, processor, examples, new_tokens=8)
@@ -336,10 +336,12 @@ def test_greedy_does_not_depend_on_the_batch(directory):
     assert [row["response_ids"] for row in one] == [row["response_ids"] for row in many]
 
 
-def test_unknown_option_names_the_nearest(capsys):
-    with pytest.raises(SystemExit):
-        evaluate.parse(evaluate.Config, ["--modle", "x"])
-    assert "did you mean --model?" in capsys.readouterr().err
+def test_bad_options_are_named(capsys):
+    """An unknown one is never taken for another, not even where it is the beginning of one."""
+    for words in (["--modle", "x"], ["--mod", "x"]):
+        with pytest.raises(SystemExit):
+            evaluate.parse(evaluate.Config, words)
+        assert f"unrecognized arguments: {words[0]} x" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         evaluate.parse(evaluate.Config, ["--limit", "0"])
     assert "--limit 0: expected at least 1" in capsys.readouterr().err

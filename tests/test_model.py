@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, widen
+from conftest import FAMILIES
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +20,7 @@ def made(tmp_path_factory):
     torch.manual_seed(0)
     model, processor = models.fresh("s", [data.base_example(i) for i in range(300)], 0)
     directory = tmp_path_factory.mktemp("run")
-    models.save(model, processor, directory)
+    models.save_checkpoint(model, processor, directory)
     return model, processor, directory
 
 
@@ -88,7 +88,7 @@ def test_family_is_that_of_transformers(checkpoint, family, tied):
     """Logits to 1e-4 and greedy tokens to the token, pictures of many shapes, the sampler
     included: after a picture, Qwen's positions count on from its larger side."""
     directory, theirs = checkpoint(family, tied)
-    ours, processor = models.load(directory)
+    ours, processor = models.load_checkpoint(directory)
     sampler = kernels.Sampler(ours, torch.zeros(ours.vocabulary, dtype=torch.bool), -1)
     for example in QUESTIONS:
         batch = processor.batch([example])
@@ -109,8 +109,8 @@ def test_what_we_save_opens_in_transformers(checkpoint, tmp_path, family, tied):
     """Under the hub's names, with every tensor found, none left over, and the same logits."""
     transformers = pytest.importorskip("transformers")
     directory, theirs = checkpoint(family, tied)
-    ours, processor = models.load(directory)
-    models.save(ours, processor, tmp_path / "again")
+    ours, processor = models.load_checkpoint(directory)
+    models.save_checkpoint(ours, processor, tmp_path / "again")
     assert set(load_file(tmp_path / "again" / "model.safetensors")) == {
         name for path in directory.glob("*.safetensors") for name in load_file(path)}
     again, report = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -136,7 +136,7 @@ def test_hub_config(checkpoint, family):
                      rope_scaling=dict(type="mrope", mrope_section=rope["mrope_section"]))
         raw = text | raw
     (directory / "config.json").write_text(json.dumps(raw))
-    ours, processor = models.load(directory)
+    ours, processor = models.load_checkpoint(directory)
     batch = processor.batch(QUESTIONS[:1])
     with torch.no_grad():
         expected = theirs(**plain_inputs(processor, batch)).logits
@@ -145,7 +145,7 @@ def test_hub_config(checkpoint, family):
 
 def test_round_trip(made):
     model, processor, directory = made
-    again, other = models.load(directory)
+    again, other = models.load_checkpoint(directory)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
     assert other.banned(model.vocabulary).equal(processor.banned(model.vocabulary))
     assert (other.stop, other.pad, other.image) == (processor.stop, processor.pad, processor.image)
@@ -159,12 +159,12 @@ def test_round_trip(made):
 def test_loading_is_strict(tmp_path, made, damage, words):
     """strict=False loads nothing and trains from noise: every difference is an error, by name."""
     model, processor, _ = made
-    models.save(model, processor, tmp_path)
+    models.save_checkpoint(model, processor, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     damage(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(models.CheckpointError) as error:
-        models.load(tmp_path)
+        models.load_checkpoint(tmp_path)
     assert all(word in str(error.value) for word in words)
 
 
@@ -173,13 +173,13 @@ def test_loading_is_strict(tmp_path, made, damage, words):
     ("config.json", b'{"model_type": "bert"}')])
 def test_broken_files_are_named(tmp_path, made, name, content):
     model, processor, _ = made
-    models.save(model, processor, tmp_path)
+    models.save_checkpoint(model, processor, tmp_path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(models.CheckpointError, match=name):
-        models.load(tmp_path)
+        models.load_checkpoint(tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(models.CheckpointError, match=name):
-        models.load(tmp_path)
+        models.load_checkpoint(tmp_path)
 
 
 def responses(processor, examples, group):
@@ -187,19 +187,6 @@ def responses(processor, examples, group):
     texts = [processor.response_ids(e.response)[:3 + 5 * g] for e in examples for g in range(group)]
     ids, lengths = data.pad_rows(texts, processor.pad)
     return ids, torch.arange(ids.shape[1]) < lengths[:, None]
-
-
-def plain_score(model, processor, examples, ids, mask, group):
-    """Log-probs the plain way: prompt and answer in one row, a full softmax."""
-    rows = []
-    for r in range(len(ids)):
-        batch = processor.batch([examples[r // group]])
-        width, answer = batch.ids.shape[1], ids[r][mask[r]]
-        batch = widen(batch, len(answer))
-        batch.ids[0, width:], batch.lengths = answer, batch.lengths + len(answer)
-        logp = model.lm_head(model(batch)[0])[0, width - 1:-1].log_softmax(-1)
-        rows.append(logp.gather(1, answer[:, None])[:, 0])
-    return rows
 
 
 def in_double(processor):
@@ -212,7 +199,7 @@ def in_double(processor):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_prompt_gives_the_same_gradients(checkpoint, family):
     """The prompt is read once per group: log-probs and every gradient as the plain way (fp64)."""
-    model, processor = models.load(checkpoint(family)[0])
+    model, processor = models.load_checkpoint(checkpoint(family)[0])
     model, processor = model.double(), in_double(processor)
     examples = [replace(example, response=f"<answer>{i} and 7</answer>" * i)
                 for i, example in enumerate(QUESTIONS)]
@@ -224,12 +211,12 @@ def test_shared_prompt_gives_the_same_gradients(checkpoint, family):
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
     weight = torch.rand(ids.shape, dtype=torch.double)
-    logprob, _ = model.score(processor.batch(examples), ids, mask, 2)
+    logprob, entropy = model.score(processor.batch(examples), ids, mask, 2)
     shared = gradients((logprob * weight).sum())
-    rows = plain_score(model, processor, examples, ids, mask, 2)
-    plain = gradients(sum((row * weight[r][mask[r]]).sum() for r, row in enumerate(rows)))
-    for r, row in enumerate(rows):
-        assert torch.allclose(logprob[r][mask[r]], row, atol=1e-9)
+    textbook = model.score_plain(processor.batch(examples), ids, mask, 2)
+    plain = gradients((textbook[0] * weight).sum())
+    for got, expected in zip((logprob, entropy), textbook):
+        assert torch.allclose(got, expected, atol=1e-9) and not got[~mask].any()
     for name in plain:
         assert torch.allclose(plain[name], shared[name], atol=1e-8), name
     models.recompute_activations(model)
@@ -240,7 +227,7 @@ def test_shared_prompt_gives_the_same_gradients(checkpoint, family):
 
 def test_recomputing_keeps_less(checkpoint):
     """Bytes that autograd keeps for backward, counted as they are saved."""
-    model, processor = models.load(checkpoint("qwen2_vl")[0])
+    model, processor = models.load_checkpoint(checkpoint("qwen2_vl")[0])
     ids, mask = responses(processor, QUESTIONS, 2)
     batch, kept = processor.batch(QUESTIONS), []
     for thrifty in (False, True):
@@ -261,7 +248,7 @@ def test_lora(checkpoint, tmp_path, family):
     what peft makes of the adapter's files."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     directory, _ = checkpoint(family)
-    model, processor = models.load(directory)
+    model, processor = models.load_checkpoint(directory)
     batch = processor.batch(QUESTIONS[:2])
     with torch.no_grad():
         before = model.lm_head(model(batch)[0])
@@ -274,12 +261,12 @@ def test_lora(checkpoint, tmp_path, family):
             torch.nn.init.normal_(p, std=0.2)
     with torch.no_grad():
         adapted = model.lm_head(model(batch)[0])
-        models.LoRA.on = False
-        assert torch.equal(model.lm_head(model(batch)[0]), before)
-        models.LoRA.on = True
+        with models.without_adapters(model) as initial:
+            assert torch.equal(initial.lm_head(initial(batch)[0]), before)
+        assert torch.equal(model.lm_head(model(batch)[0]), adapted)
     assert (adapted - before).abs().max() > 0.1
-    models.save(model, processor, tmp_path / "out")
-    again, _ = models.load(tmp_path / "out")
+    models.save_checkpoint(model, processor, tmp_path / "out")
+    again, _ = models.load_checkpoint(tmp_path / "out")
     with torch.no_grad():
         assert torch.allclose(again.lm_head(again(batch)[0]), adapted, atol=1e-4)
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(directory)
@@ -290,8 +277,32 @@ def test_lora(checkpoint, tmp_path, family):
                               model.lm_head(model(one)[0]), atol=1e-3)
 
 
+def test_an_error_does_not_leave_a_model_without_its_adapters(start):
+    """The switch was once one of the class: an error in between switched all adapters off."""
+    model, other = (models.load_checkpoint(start)[0] for _ in range(2))
+    for each in (model, other):
+        models.add_lora(each, 2, 4.0, "q_proj")
+    with pytest.raises(RuntimeError), models.without_adapters(model):
+        assert not any(a.enabled for a in models.adapters(model))
+        assert all(a.enabled for a in models.adapters(other)), "of this model alone"
+        raise RuntimeError("out of memory")
+    assert all(a.enabled for a in models.adapters(model))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_score_is_its_textbook_form(start, temperature):
+    """With banned ids and a temperature, for one answer a prompt and for groups."""
+    model, processor = models.load_checkpoint(start)
+    examples, banned = questions(processor), processor.banned(model.vocabulary)
+    for group in (1, 3):
+        ids, mask = responses(processor, examples, group)
+        ask = processor.batch(examples), ids, mask, group, banned, temperature
+        for got, expected in zip(model.score(*ask), model.score_plain(*ask)):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_lora_on_nothing_is_an_error(checkpoint):
-    model, _ = models.load(checkpoint("idefics3")[0])
+    model, _ = models.load_checkpoint(checkpoint("idefics3")[0])
     with pytest.raises(models.CheckpointError, match="--lora-targets query"):
         models.add_lora(model, 4, 8.0, "query")
 
@@ -301,14 +312,14 @@ def test_prompt_is_stored(made, tmp_path):
     model, processor, directory = made
     example = data.world_example("test", 0)
     style = dict(system="Be brief.", instruction="Think first.", answer_format="boxed")
-    _, asked = models.load(directory, prompt=style)
+    _, asked = models.load_checkpoint(directory, prompt=style)
     assert "System: Be brief." in asked.prompt(example)[0]
     assert "\nThink first.<end_of_utterance>" in asked.prompt(example)[0]
     assert asked.decode(asked.response_ids("<answer>3</answer>")) == "\\boxed{3}"
-    models.save(model, asked, tmp_path)
-    _, again = models.load(tmp_path)
+    models.save_checkpoint(model, asked, tmp_path)
+    _, again = models.load_checkpoint(tmp_path)
     assert again.style == asked.style and again.prompt(example)[0] == asked.prompt(example)[0]
-    assert models.load(directory)[1].style == data.PROMPT
+    assert models.load_checkpoint(directory)[1].style == data.PROMPT
 
 
 def test_a_tied_head_may_be_stored(checkpoint):
@@ -319,24 +330,24 @@ def test_a_tied_head_may_be_stored(checkpoint):
                for name, tensor in load_file(path).items()}
     save_file(tensors | {"lm_head.weight": theirs.lm_head.weight.detach().clone()},
               directory / "model.safetensors")
-    model, _ = models.load(directory)
-    assert model.lm_head.weight is model.text.embed_tokens.weight
+    model, _ = models.load_checkpoint(directory)
+    assert model.lm_head.weight is model.decoder.embed_tokens.weight
 
 
 def test_files_of_other_trainings(checkpoint, tmp_path):
     """Left behind by others: truncation and padding in tokenizer.json, which cut prompts short, and
     pictures' sizes inside processor_config.json, which win over preprocessor_config.json."""
     directory, _ = checkpoint("idefics3")
-    _, processor = models.load(directory)
+    _, processor = models.load_checkpoint(directory)
     expected = processor.batch(QUESTIONS[:2]).ids
     processor.tokenizer.enable_truncation(5)
     processor.tokenizer.enable_padding(length=9)
     processor.tokenizer.save(str(directory / "tokenizer.json"))
     inner = dict(image_processor_type="Idefics3ImageProcessor", size={"longest_edge": 2048})
     (directory / "processor_config.json").write_text(json.dumps(dict(image_processor=inner)))
-    model, processor = models.load(directory)
+    model, processor = models.load_checkpoint(directory)
     assert torch.equal(processor.batch(QUESTIONS[:2]).ids, expected)
-    models.save(model, processor, tmp_path / "again")
+    models.save_checkpoint(model, processor, tmp_path / "again")
     stored = json.loads((tmp_path / "again" / "processor_config.json").read_text())
     assert stored["image_processor"] == inner | dict(size={"longest_edge": 64},
                                                      do_image_splitting=False)
@@ -346,7 +357,7 @@ def test_a_wrong_tokenizer_is_an_error(made, checkpoint):
     directory, _ = checkpoint("qwen2_vl")
     made[1].tokenizer.save(str(directory / "tokenizer.json"))
     with pytest.raises(models.CheckpointError, match="image_pad.* is None"):
-        models.load(directory)
+        models.load_checkpoint(directory)
 
 
 def test_end_mark_counts_and_padding_does_not(made):

@@ -39,7 +39,7 @@ def test_real_data(checkpoint, tmp_path, capsys, name, family):
     sft.main(sft.Config(**common, init=str(start), out=str(tmp_path / "sft"), batch=4,
                         longest_edge=112, system="Be brief.", instruction="Think step by step.",
                         answer_format="boxed", recompute=True, freeze_vision=True))
-    before, after = (models.load(path)[0].state_dict() for path in (start, tmp_path / "sft"))
+    before, after = (models.load_checkpoint(path)[0].state_dict() for path in (start, tmp_path / "sft"))
     moved = {part for part in before if not torch.equal(before[part], after[part])}
     assert not [part for part in moved if re.search("vision_model|patch_embed|blocks", part)]
     assert any(re.search("connector|merger", part) for part in moved)
@@ -49,8 +49,8 @@ def test_real_data(checkpoint, tmp_path, capsys, name, family):
     assert len(steps) == 2 and all(row["gap_max"] < 1e-3 for row in steps)
     evaluate.main(evaluate.Config(model=str(tmp_path / "grpo"), data=str(source), limit=3,
                                   max_new_tokens=6, device="cpu", out=str(tmp_path / "rows")))
-    rows = evaluate.read_rows(tmp_path / "rows")
-    _, processor = models.load(tmp_path / "grpo")
+    rows = data.read_jsonl(tmp_path / "rows")
+    _, processor = models.load_checkpoint(tmp_path / "grpo")
     for row, example in zip(rows, data.read_examples(str(source))):
         text = processor.tokenizer.decode(row["prompt_ids"], skip_special_tokens=False)
         assert "Be brief." in text and "\nThink step by step." in text

@@ -1,4 +1,5 @@
 """Imitation: the weights, the optimizers, and what every run needs: resume, errors, metrics."""
+import copy
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -39,6 +41,13 @@ def run(words):
 
 def metrics(out):
     return [json.loads(line) for line in open(pathlib.Path(out) / "metrics.jsonl")]
+
+
+def run_of(start, out, **changes):
+    """A run by hand."""
+    c = sft.Config(**dict(init=str(start), out=str(out), device="cpu", steps=4, batch=8, examples=16,
+                          eval_examples=2, warmup=0, lr=1e-3) | changes)
+    return sft.Run(c, *sft.starting_model(c, None, None), decay=True)
 
 
 @pytest.mark.parametrize("script, more", [
@@ -105,7 +114,7 @@ def test_a_loss_that_is_not_a_number_stops(tmp_path, start):
     """It names the step and the batch, and the last checkpoint stays as it was."""
     done = run(command("sft.py", tmp_path, start, "--lr", "1e30", "--warmup", "0"))
     assert done.returncode and "not finite" in done.stderr and "batch: train/" in done.stderr
-    model, _ = models.load(tmp_path)
+    model, _ = models.load_checkpoint(tmp_path)
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -141,10 +150,10 @@ def test_loss_counts_tokens_only():
 
 def test_data_order():
     """Every example once an epoch, another order in each, the same again for the same seed."""
-    epochs = [sum((sft.pick(20, 5, e * 4 + s, 0) for s in range(4)), []) for e in range(3)]
+    epochs = [sum((sft.batch_indices(20, 5, e * 4 + s, 0) for s in range(4)), []) for e in range(3)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
-    assert epochs[0] != epochs[1] and sft.pick(20, 5, 3, 0) == epochs[0][15:]
-    assert sft.pick(20, 5, 0, 1) != epochs[0][:5] and sorted(sft.pick(3, 8, 5, 0)) == [0, 1, 2]
+    assert epochs[0] != epochs[1] and sft.batch_indices(20, 5, 3, 0) == epochs[0][15:]
+    assert sft.batch_indices(20, 5, 0, 1) != epochs[0][:5] and sorted(sft.batch_indices(3, 8, 5, 0)) == [0, 1, 2]
 
 
 def test_optimizers_share_the_parameters():
@@ -194,25 +203,118 @@ def test_learns_by_heart(tmp_path, start):
     c = sft.Config(init=str(start), out=str(tmp_path), device="cpu", examples=8, batch=8, steps=90,
                    warmup=5, lr=5e-3, eval_examples=1, traces="answer")
     sft.main(c)
-    model, processor = models.load(tmp_path)
+    model, processor = models.load_checkpoint(tmp_path)
     from kernels import Sampler
     rows = evaluate.evaluate(Sampler(model, processor.banned(model.vocabulary), processor.stop),
                              processor, [data.world_example("train", i) for i in range(8)])
     assert sum(row["correct"] for row in rows) >= 7
 
 
+def textbook(weight, logprob, entropy):
+    """The loss of one answer's tokens as the papers write it, from their log-probs."""
+    p = logprob.exp()
+    if weight == "trsft":                            # 2512.17636: a trust region
+        return -p / p.clamp(min=0.1).detach()
+    if weight == "entropy":                          # MIFO: the fifth with the highest entropy
+        return -logprob * (entropy >= np.quantile(entropy.detach().numpy(), 0.8))
+    return -logprob * {"nll": torch.ones_like(p), "dft": p, "luffy": p / (p + 0.1)}[weight].detach()
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
 @pytest.mark.parametrize("weight", list(sft.WEIGHTS))
-def test_micro_batches_are_one_batch(tmp_path, start, weight):
-    """Gradients of passes of different sizes add up to those of the whole batch. The entropy mask
-    once took its quantile over a pass, so that --micro-batch changed the objective."""
-    norms = []
-    for size in (0, 3):
-        out = tmp_path / str(size)
-        sft.main(sft.Config(init=str(start), out=str(out), device="cpu", batch=8, examples=16,
-                            steps=3, eval_examples=1, micro_batch=size, lr=1e-6,
-                            weight=weight))
-        norms.append([(r["grad_norm"], r["loss"]) for r in metrics(out) if "loss" in r])
-    assert torch.allclose(*map(torch.tensor, norms), rtol=1e-4)
+def test_a_step_is_the_gradient_of_the_textbook_loss(tmp_path, start, weight, micro_batch):
+    """The loss is one of tokens, over all micro-batches of a step, long answers and short, pictures
+    and text: a mean over each pass or each answer is the usual error of gradient accumulation, and
+    the entropy mask once took its quantile over a pass."""
+    run = run_of(start, tmp_path, weight=weight, micro_batch=micro_batch)
+    examples = [data.world_example("text" if i == 1 else "train", i, ("answer", "canonical")[i % 2])
+                for i in range(8)]
+    examples, prompts, responses = run.processor.prepare(examples)
+    assert len(set(map(len, responses))) > 3
+    initial = copy.deepcopy(run.model)
+    figures = sft.imitate(run, 0, examples, prompts, responses)
+    got = torch.cat([p.grad.flatten() for p in run.model.parameters()])
+
+    ids, lengths = data.pad_rows(responses, run.processor.pad)
+    logprob, entropy = initial.score_plain(prompts, ids, kernels.length_mask(lengths))
+    tokens = [textbook(weight, logprob[r, :n], entropy[r, :n]) for r, n in enumerate(lengths)]
+    loss = torch.cat(tokens).sum() / int(lengths.sum())
+    slopes = torch.autograd.grad(loss, list(initial.parameters()))
+    slope = torch.cat([one.flatten() for one in slopes])
+    slope *= min(1, 1 / slope.norm())                # it was clipped
+    torch.testing.assert_close(got, slope, rtol=1e-3, atol=1e-4 * slope.abs().max().item())
+    assert figures["tokens"] == int(lengths.sum())
+    assert figures["entropy"] == pytest.approx(entropy.sum().item() / int(lengths.sum()), rel=1e-4)
+    if weight != "trsft":                            # whose value is not -w log p, only its slope
+        assert figures["loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_lr_factor():
+    """Up in `warmup` steps, then (SFT) down to a tenth; GRPO's stays at its peak."""
+    assert [sft.lr_factor(step, 100, 4, False) for step in (0, 1, 3, 4, 99)] == [
+        0.25, 0.5, 1, 1, 1]
+    assert sft.lr_factor(0, 100, 0, False) == 1
+    assert sft.lr_factor(50, 100, 4, True) == pytest.approx(0.55)
+    assert sft.lr_factor(99, 100, 4, True) == pytest.approx(0.109)
+
+
+def test_each_step_has_its_rate(tmp_path, start):
+    """Of both optimizers, AdamW's peak a third of Muon's; the second step knows the first's."""
+    run = run_of(start, tmp_path, lr=3e-3, warmup=2)
+    prepared = run.processor.prepare(list(data.World("train", size=8)))
+    for step in range(3):
+        run.step = step
+        sft.imitate(run, step, *prepared)
+        rates = {type(o).__name__: o.param_groups[0]["lr"] for o in run.optimizers.values()}
+        factor = sft.lr_factor(step, 4, 2, True)
+        assert rates == {"Muon": pytest.approx(3e-3 * factor), "AdamW": pytest.approx(1e-3 * factor)}
+
+
+def test_gradients_are_clipped(tmp_path, start):
+    """To a norm of 1 over all parameters; what is smaller stays. The norm before is reported."""
+    run = run_of(start, tmp_path)
+    count = sum(p.numel() for p in run.model.parameters())
+    for size, left in ((5.0, 1.0), (0.5, 0.5)):
+        for p in run.model.parameters():
+            p.grad = torch.full_like(p, size / count ** 0.5)
+        assert run.optimizer_step(0.0, []) == pytest.approx(size, rel=1e-4)
+        norm = torch.cat([p.grad.flatten() for p in run.model.parameters()]).norm().item()
+        assert norm == pytest.approx(left, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["world", "file"])
+def test_validation_is_on_the_split_val(tmp_path, start, monkeypatch, kind):
+    """Never on train or test; and training never sees what is validated on."""
+    seen = {"val": set(), "train": set()}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(dict(question=f"{i}?", answer=i)) + "\n"
+                            for i in range(60)))
+    monkeypatch.setattr(sft, "evaluate", lambda sampler, processor, examples, *_, **__: (
+        seen["val"].update(e.id for e in examples), evaluate.evaluate(
+            sampler, processor, examples, "val", new_tokens=2))[1])
+    monkeypatch.setattr(sft, "imitate", lambda run, step, examples, *_: (
+        seen["train"].update(e.id for e in examples), dict(loss=0.0))[1])
+    common = {} if kind == "world" else dict(data=str(path))
+    sft.main(sft.Config(init=str(start), out=str(tmp_path / "run"), device="cpu", steps=6, batch=16,
+                        examples=60, eval_examples=30, **common))
+    expected = {f"val/{i}" for i in range(30)} if kind == "world" else {
+        f"{path}:{i}" for i in range(58, 61)}
+    assert seen["val"] == expected and not seen["train"] & expected
+    if kind == "world":
+        assert seen["train"] <= {f"train/{i}" for i in range(60)}
+
+
+def test_validation_is_of_the_trained_model(tmp_path, start):
+    """On a GPU the sampler has weights of its own: without a refresh the first model's accuracy is
+    reported for ever."""
+    run = run_of(start, tmp_path)
+    run.sampler = kernels.Sampler(run.model, run.sampler.banned, run.processor.stop, torch.bfloat16)
+    with torch.no_grad():
+        for weight in run.model.parameters():
+            weight += 0.1
+    run.validate()
+    pairs = zip(run.sampler.model.parameters(), run.model.parameters())
+    assert all(torch.equal(mine, theirs.bfloat16()) for mine, theirs in pairs)
 
 
 @pytest.mark.parametrize("more, moved", [
@@ -221,7 +323,7 @@ def test_micro_batches_are_one_batch(tmp_path, start, weight):
 def test_what_is_frozen_stays(tmp_path, start, more, moved):
     sft.main(sft.Config(init=str(start), out=str(tmp_path), device="cpu", batch=8, examples=16,
                         steps=2, eval_examples=1, warmup=0, **more))
-    before, after = (models.load(path)[0].state_dict() for path in (start, tmp_path))
+    before, after = (models.load_checkpoint(path)[0].state_dict() for path in (start, tmp_path))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {part for part in ("vision_model", "connector", "text_model", "lm_head")
             if any(part in name for name in changed)} == moved

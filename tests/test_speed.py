@@ -34,7 +34,7 @@ def test_loss_in_chunks_is_the_loss_and_takes_less_memory(monkeypatch):
 
 @pytest.mark.parametrize("rivals", [[], ["transformers", "trl"]])
 def test_measuring(rivals):
-    """Every row of `python kernels.py`, on few and short answers; TRL trains our checkpoint."""
+    """Every row of `python -m tests.speed`, on few and short answers; TRL trains our checkpoint."""
     for name in rivals:
         pytest.importorskip(name)
     rows = []

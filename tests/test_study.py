@@ -1,4 +1,5 @@
 """The whole comparison in small, as a user runs it: one command, resumable, with its reports."""
+import html
 import html.parser
 import json
 import os
@@ -40,7 +41,7 @@ def test_every_cell_is_there(out):
         ("weak", "sft-grpo"), ("strong", "sft"), ("strong", "grpo"), ("strong", "sft-grpo")]
     said = (out / "said.txt").read_text()
     for cell in cells:
-        assert cell["evaluation"] in said and cell["command"] in said
+        assert cell["evaluation"] in said and (cell["command"] or "") in said
         for split in ("test", "ood", "text"):
             low, high = cell["splits"][split]["interval"]
             assert low <= cell["splits"][split]["accuracy"] <= high
@@ -79,12 +80,12 @@ def test_report_is_self_contained_and_escapes(out):
     results = json.loads((out / "results.json").read_text())
     name = results["cells"][-1]["name"]
     path = out / "answers" / f"{name}.jsonl"
-    rows = evaluate.read_rows(path)
+    rows = data.read_jsonl(path)
     evil = "<script>alert(1)</script>"
     rows[0]["response"] = f"<think>{evil}</think><answer>{evil}</answer>"
     rows[1]["response"] = f"{evil}<img src=x onerror=alert(1)>"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    _, page = evaluate.report(**results)
+    page = evaluate.report(**results)
     links = Links()
     links.feed(page)
     assert "script" not in links.tags and "&lt;script&gt;" in page
@@ -93,10 +94,18 @@ def test_report_is_self_contained_and_escapes(out):
     assert re.search("class=(faithful|lucky|right|wrong)", page)
 
 
-def test_markdown_has_every_command(out):
-    report = (out / "report.md").read_text()
+def test_report_has_every_command_and_figure(out):
+    """The table of the page is that of the terminal, made from the same results."""
+    page, said = (out / "report.html").read_text(), (out / "said.txt").read_text()
     cells = json.loads((out / "results.json").read_text())["cells"]
-    assert all(cell["evaluation"] in report for cell in cells) and "| weak" in report
+    text = html.unescape(page)
+    for cell in cells:
+        assert cell["evaluation"] in text and (cell["command"] or "") in text
+    for row in evaluate.main_table(cells):
+        assert "<tr><td>" + "<td>".join(row) + "<" in page
+        assert all(value in said for value in row)
+    accuracy = 100 * cells[2]["splits"]["test"]["accuracy"]
+    assert f"{cells[2]['name']}<td>{accuracy:.1f} [" in page
 
 
 @pytest.mark.skipif(not EASYVQA.exists(), reason="the easyvqa data are not beside the repository")
@@ -114,15 +123,5 @@ def test_real_pictures_run_through_sft_grpo_and_evaluation(tmp_path):
     done = run("evaluate.py", "--data", EASYVQA / "test.jsonl", "--model", tmp_path / "grpo",
                "--limit", "20", "--out", tmp_path / "rows.jsonl", "--device", "cpu")
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = evaluate.read_rows(tmp_path / "rows.jsonl")
+    rows = data.read_jsonl(tmp_path / "rows.jsonl")
     assert len(rows) == 20 and rows[0]["faithful"] is None
-
-
-def test_split_sizes_of_a_file(tmp_path):
-    """The last twentieth is held out from training; an evaluation of a file takes every row."""
-    path = tmp_path / "train.jsonl"
-    rows = [json.dumps(dict(question=f"{i}?", answer=i)) for i in range(100)]
-    path.write_text("\n".join(rows))
-    train, val, everything = (data.load_dataset(str(path), s) for s in ("train", "val", "all"))
-    assert (len(train), len(val), len(everything)) == (95, 5, 100)
-    assert not {e.id for e in train} & {e.id for e in val}

@@ -1,0 +1,185 @@
+"""python -m tests.mutants: breaks one line at a time, and prints which test notices.
+
+A test that cannot fail is worse than none. Each fault is a line of the six modules and a wrong one
+in its place; it is put into a copy of the repository, and the tests of that file run there until
+one fails. All of them take about a quarter of an hour on two cores; `--only WORD` takes those
+whose file or description has the word. tests/test_mutants.py runs those of `rollout` and `explore`.
+"""
+import argparse
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[1]
+LIMIT = 300                          # seconds; a fault may also make something endless
+
+
+class Fault(NamedTuple):
+    file: str                        # whose line is broken
+    what: str                        # what goes wrong
+    old: str                         # a piece of the file that stands there once
+    new: str
+    tests: str = ""                  # what to run, where the file's own tests are slow
+
+
+STEP = "tests/test_grpo.py -k 'textbook or noise or seeds or masked or dropped or kl or trained'"
+LOOP = "tests/test_sft.py -k 'textbook or rate or lr or clip or validation or heart or order'"
+SCORE = "tests/test_model.py -k 'score or shared or end_mark or lora or adapters'"
+FAULTS = [
+    # the wiring of a GRPO step
+    Fault("grpo.py", "answers graded against another question",
+          "examples[r // c.group]", "examples[r % len(examples)]", STEP),
+    Fault("grpo.py", "advantages given to other answers", "c.advantage).view(-1, 1)",
+          "c.advantage).T.reshape(-1, 1)", STEP),
+    Fault("grpo.py", "the same noise in every step", "c.prompts * (step + 1_000_003 * c.seed)",
+          "c.prompts * 1_000_003 * c.seed", STEP),
+    Fault("grpo.py", "the same noise in every run", "(step + 1_000_003 * c.seed)", "step", STEP),
+    Fault("grpo.py", "the sampler keeps its first weights", "    run.sampler.refresh()\n", "", STEP),
+    Fault("grpo.py", "sampled at the temperature, trained without it",
+          "run.sampler.banned, c.temperature)", "run.sampler.banned)", STEP),
+    Fault("grpo.py", "trained without the ban on tokens", "c.group, run.sampler.banned, c.temp",
+          "c.group, None, c.temp", STEP),
+    Fault("grpo.py", "only the first minibatch is trained on", "    for start, stop in minibatches:",
+          "    for start, stop in minibatches[:1]:", STEP),
+    Fault("grpo.py", "gradients of minibatches add up", "        run.zero_grad()\n",
+          "        run.zero_grad() if start == 0 else None\n", STEP),
+    Fault("grpo.py", "weights of tokens are those of each pass", "loss = (loss * weights[rows]).sum()",
+          "loss = (loss * token_weights(mask[rows], c.aggregation, c.max_new_tokens)).sum()", STEP),
+    Fault("grpo.py", "token weights over all minibatches", "for start, stop in minibatches])",
+          "for start, stop in [(0, B)]])", STEP),
+    Fault("grpo.py", "old policy is the current one", "logprob.detach() if old is None else old[rows]",
+          "logprob.detach()", STEP),
+    Fault("grpo.py", "the KL is to the model itself", "with without_adapters(run.reference) as",
+          "with without_adapters(run.model) as", STEP),
+    Fault("grpo.py", "the reference is the model in training",
+          "copy.deepcopy(model).requires_grad_(False)", "model", STEP),
+    Fault("grpo.py", "dropped groups are the others", "mask & ~equal", "mask & equal", STEP),
+    Fault("grpo.py", "finished answers are masked, not the cut ones",
+          "mask & rollouts.finished", "mask & ~rollouts.finished", STEP),
+    Fault("grpo.py", "a step without its optimizer", "grad_norm = run.optimizer_step(loss_sum, examples)",
+          "grad_norm = 1.0", STEP),
+    # its objective
+    Fault("grpo.py", "the policy minimises its reward",
+          "return -torch.minimum(w * advantage, clipped * advantage)",
+          "return torch.minimum(w * advantage, clipped * advantage)"),
+    Fault("grpo.py", "clipped on the wrong side", "-torch.minimum(w", "-torch.maximum(w"),
+    Fault("grpo.py", "the KL pushes away", "loss + c.beta * kl", "loss - c.beta * kl"),
+    Fault("grpo.py", "the KL of the other direction", "d = logprob - reference",
+          "d = reference - logprob"),
+    Fault("grpo.py", "advantage is always 0", "advantage = rewards - rewards.mean(1, keepdim=True)",
+          "advantage = rewards - rewards"),
+    Fault("grpo.py", "mean over the batch, not the group", "rewards - rewards.mean(1, keepdim=True)",
+          "rewards - rewards.mean()"),
+    Fault("grpo.py", "biased std", "rewards.std(1, keepdim=True) + 1e-4",
+          "rewards.std(1, False, keepdim=True) + 1e-4"),
+    Fault("grpo.py", "GSPO: sum instead of mean",
+          "log_w.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1) * mask",
+          "log_w.sum(1, keepdim=True) * mask"),
+    Fault("grpo.py", "CISPO: gradient through the weight", "-w.detach().clamp", "-w.clamp"),
+    Fault("grpo.py", "Dr. GRPO: over the tokens there are", "mask / (len(mask) * longest)",
+          "mask / lengths.sum()"),
+    Fault("grpo.py", "importance weight upside down", "(old - sampled).exp()",
+          "(sampled - old).exp()"),
+    Fault("grpo.py", "format is rewarded as much as the answer", "c.format_weight * parts",
+          "1.0 * parts"),
+    Fault("grpo.py", "a failing grader rewards", "dict(reward=math.nan)", "dict(reward=0.0)"),
+    # imitation and what every run needs
+    Fault("sft.py", "loss per example", "/ tokens       # of the whole step",
+          "/ len(examples)", LOOP),
+    Fault("sft.py", "loss per pass", "mask, c.weight) / tokens", "mask, c.weight) / mask.sum()", LOOP),
+    Fault("sft.py", "unlearns", "return -(w * logprob)", "return (w * logprob)", LOOP),
+    Fault("sft.py", "DFT: gradient through its weight", "    with torch.no_grad():\n        w = W",
+          "    with torch.enable_grad():\n        w = W", LOOP),
+    Fault("sft.py", "TrSFT without its trust region", "p.clamp(min=0.1)", "p.clamp(min=0.2)", LOOP),
+    Fault("sft.py", "entropy over padding, too", "entropy.where(mask, math.nan)", "entropy", LOOP),
+    Fault("sft.py", "responses of other questions", "responses[start:stop]",
+          "responses[::-1][start:stop]", LOOP),
+    Fault("sft.py", "no warm-up", "min(1.0, (step + 1) / max(1, warmup))", "1.0", LOOP),
+    Fault("sft.py", "no decay", "1 - 0.9 * step / steps", "1", LOOP),
+    Fault("sft.py", "the rate shrinks step by step", 'factor * group["peak_lr"]',
+          'factor * group["lr"]', LOOP),
+    Fault("sft.py", "no clipping", "self.trained.values(), 1.0)", "self.trained.values(), 1e9)", LOOP),
+    Fault("sft.py", "AdamW at Muon's rate", "lr / 3 if matrices else lr", "lr", LOOP),
+    Fault("sft.py", "validation on train", '"val", c.eval_examples', '"train", c.eval_examples', LOOP),
+    Fault("sft.py", "validation of the first model", "        self.sampler.refresh()\n", "", LOOP),
+    Fault("sft.py", "one order in every epoch", "seed * 1_000_003 + epoch", "seed * 1_000_003", LOOP),
+    Fault("sft.py", "traces that are wrong are kept", 'if row.get("correct", True):', "if True:",
+          "tests/test_sft.py -k rollouts"),
+    Fault("sft.py", "resume forgets the optimizer", 'if part != "weight":', "if False:",
+          "tests/test_sft.py -k killed"),
+    Fault("sft.py", "a run is overwritten", "not c.resume and metrics.exists()", "False",
+          "tests/test_sft.py -k second_run"),
+    Fault("sft.py", "a loss that is not finite goes on", "not (math.isfinite(loss) and",
+          "not (True or", "tests/test_sft.py -k number"),
+    # the model and its scorer
+    Fault("model.py", "the last token of a prompt is seen twice", "per_rollout(length_mask(last,",
+          "per_rollout(length_mask(last + 1,", SCORE),
+    Fault("model.py", "an answer sees what follows", "device=ids.device).tril()",
+          "device=ids.device)", SCORE),
+    Fault("model.py", "positions start again", "positions = start + torch.arange(N",
+          "positions = 0 * start + torch.arange(N", SCORE),
+    Fault("model.py", "rollouts of interleaved prompts", "return x.repeat_interleave(group, 0)",
+          "return x.repeat(group, *[1] * (x.ndim - 1))", SCORE),
+    Fault("model.py", "the prompt has no gradient", "_, cache = self(prompts)",
+          "_, cache = torch.no_grad()(self.forward)(prompts)", SCORE),
+    Fault("model.py", "patches shuffled in another order", "(side, r, side, r)).transpose(2, 3)",
+          "(side, r, side, r)).transpose(2, 4)"),
+    Fault("model.py", "key heads in another order", "k.repeat_interleave(queries_per_head, 2)",
+          "k.repeat(1, 1, queries_per_head, 1)"),
+    Fault("model.py", "no rope on keys", "rotary(k, *rope)), v", "k), v"),
+    Fault("model.py", "LoRA not scaled on save", "self.weight + self.scale * (", "self.weight + (",
+          SCORE),
+    Fault("model.py", "adapters stay off after an error", "    try:\n        yield model\n    finally:\n",
+          "    if True:\n        yield model\n    if True:\n", SCORE),
+    Fault("model.py", "a missing tensor is no error", "problems = [f\"missing",
+          "problems = [] and [f\"missing"),
+]
+
+
+def kill(fault):
+    """-> the test that fails with this fault in the code, «endless», or None: it survives."""
+    with tempfile.TemporaryDirectory() as directory:
+        copy = pathlib.Path(directory) / "copy"
+        ignored = shutil.ignore_patterns(".git", "runs", "__pycache__", ".pytest_cache", ".venv")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        path = copy / fault.file
+        text = path.read_text(encoding="utf-8")
+        assert text.count(fault.old) == 1, f"{fault.file}: not once: {fault.old!r}"
+        path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+        tests = fault.tests or f"tests/test_{fault.file}"
+        command = f"{sys.executable} -m pytest -x -q -p no:cacheprovider {tests}"
+        environment = dict(os.environ, OMP_NUM_THREADS="1")
+        try:
+            done = subprocess.run(command, shell=True, cwd=copy, env=environment, timeout=LIMIT,
+                                  stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        except subprocess.TimeoutExpired:
+            return "endless"
+    found = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.M)
+    assert done.returncode in (0, 1), done.stdout[-2000:] + done.stderr[-2000:]
+    return found[1] if done.returncode else None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="those whose file or description has this word")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
+    args = parser.parse_args()
+    faults = [fault for fault in FAULTS if args.only in fault.file + " " + fault.what]
+    survivors = 0
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for fault, killer in zip(faults, pool.map(kill, faults)):
+            survivors += killer is None
+            print(f"{fault.file:12} {fault.what:50} {killer or 'SURVIVES'}", flush=True)
+    print(f"{len(faults)} faults, {survivors} survivors")
+    sys.exit(survivors > 0)
+
+
+if __name__ == "__main__":
+    main()
