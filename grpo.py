@@ -48,10 +48,9 @@ def reward(response, length, example, answer_format, c):
     except Exception:                # a bug in a grader must not teach the policy anything
         return dict(reward=math.nan)
     parts = dict(accuracy=float(verdict.correct), format=float(verdict.formatted))
-    total = parts["accuracy"] + c.format_weight * parts["format"]
     if c.overlong == "penalty":      # DAPO, eq. 13
         parts["overlong"] = min((c.max_new_tokens - length) / c.overlong_buffer - 1, 0.0)
-        total += parts["overlong"]
+    total = parts["accuracy"] + c.format_weight * parts["format"] + parts.get("overlong", 0.0)
     return dict(parts, reward=total)
 
 
@@ -154,9 +153,8 @@ def rollout(run, step, examples, prompts):
     seeds = torch.arange(len(examples)) + c.prompts * (step + 1_000_003 * c.seed)
     rollouts = run.sampler.generate(prompts, c.group, c.max_new_tokens, c.temperature,
                                     seeds % 2 ** 31)
-    seconds = time.perf_counter() - begin
-    parts = [reward(run.processor.decode(ids), len(ids), examples[r // c.group],
-                    run.processor.style["answer_format"], c)
+    seconds, answer_format = time.perf_counter() - begin, run.processor.style["answer_format"]
+    parts = [reward(run.processor.decode(ids), len(ids), examples[r // c.group], answer_format, c)
              for r, ids in enumerate(rollouts.rows())]
     rewards = torch.tensor([part["reward"] for part in parts]).view(-1, c.group)         # (B, G)
     advantage = group_advantages(rewards, c.advantage).view(-1, 1)                       # (R, 1)
@@ -197,40 +195,39 @@ def fixed_logprobs(run, model, prompts, rollouts):
 def explore(run, step, examples, prompts, responses):
     """One step on the model's own answers -> metrics; `responses`, somebody's, are not looked at.
     One rollout, then an optimizer step for each minibatch of its questions."""
-    c = run.config
+    c, B = run.config, len(examples)
     experience, metrics = rollout(run, step, examples, prompts)
     rollouts, mask, advantage = experience.rollouts, experience.mask, experience.advantage
-    B = len(examples)
     minibatches = data.pieces(0, B, math.ceil(B / c.minibatches))
-    weights = torch.cat([token_weights(mask[start * c.group:stop * c.group], c.aggregation,
-                                       c.max_new_tokens) for start, stop in minibatches])  # (R, N)
-    reference = old = None
+    weights = torch.zeros_like(rollouts.logprobs)                              # (R, N)
+    new, old, reference, entropy = (torch.zeros_like(weights) for _ in range(4))
     if run.reference is not None:
         with without_adapters(run.reference) as initial:
-            reference = fixed_logprobs(run, initial, prompts, rollouts)        # (R, N)
+            reference = fixed_logprobs(run, initial, prompts, rollouts)
     if len(minibatches) > 1:         # with one, the policy is the old policy
-        old = fixed_logprobs(run, run.model, prompts, rollouts)                # (R, N)
-    logprobs, entropies = torch.zeros_like(weights), torch.zeros_like(weights)
+        old = fixed_logprobs(run, run.model, prompts, rollouts)
     for start, stop in minibatches:
+        rows = slice(start * c.group, stop * c.group)
+        weights[rows] = token_weights(mask[rows], c.aggregation, c.max_new_tokens)
         loss_sum = 0.0
         run.zero_grad()
         for i, j in data.pieces(start, stop, c.micro_batch):
             rows = slice(i * c.group, j * c.group)
-            logprob, entropy = score(run, run.model, prompts, rollouts, i, j)
-            loss = token_loss(logprob, logprob.detach() if old is None else old[rows],
-                              rollouts.logprobs[rows],
-                              None if reference is None else reference[rows],
+            logprob, entropy[rows] = score(run, run.model, prompts, rollouts, i, j)
+            new[rows] = logprob.detach()
+            if len(minibatches) == 1:
+                old[rows] = logprob.detach()
+            loss = token_loss(logprob, old[rows], rollouts.logprobs[rows], reference[rows],
                               advantage[rows], mask[rows], c)
             loss = (loss * weights[rows]).sum()
             loss.backward()
             loss_sum += loss.item()
-            logprobs[rows], entropies[rows] = logprob.detach(), entropy
         grad_norm = run.optimizer_step(loss_sum, examples)
-    real = rollouts.mask
-    gap = ((logprobs if old is None else old) - rollouts.logprobs).abs()[real]
-    metrics |= dict(loss=loss_sum, grad_norm=grad_norm, entropy=entropies[real].mean().item())
-    if reference is not None:
-        metrics["kl"] = kl_estimate(logprobs, reference, "k3")[real].mean().item()
+    counted = rollouts.mask
+    gap = (old - rollouts.logprobs).abs()[counted]   # between sampler and trainer
+    metrics |= dict(loss=loss_sum, grad_norm=grad_norm, entropy=entropy[counted].mean().item())
+    if run.reference is not None:
+        metrics["kl"] = kl_estimate(new, reference, "k3")[counted].mean().item()
     return metrics | dict(gap_mean=gap.mean().item(), gap_max=gap.max().item())
 
 

@@ -41,10 +41,9 @@ class CheckpointError(ValueError):
 
 def preset_config(size, processor):
     """config.json of a tabletop model: an Idefics3 for one 64x64 tile, 16 image tokens."""
-    vision_layers, vision_width, layers, width = SIZES[size]
-    vision = dict(hidden_size=vision_width, intermediate_size=4 * vision_width,
-                  num_hidden_layers=vision_layers, num_attention_heads=vision_width // 32,
-                  image_size=64, patch_size=8)
+    vit_layers, vit_width, layers, width = SIZES[size]
+    vision = dict(hidden_size=vit_width, intermediate_size=4 * vit_width, image_size=64,
+                  num_hidden_layers=vit_layers, num_attention_heads=vit_width // 32, patch_size=8)
     text = dict(model_type="llama", vocab_size=processor.tokenizer.get_vocab_size(), head_dim=32,
                 hidden_size=width, intermediate_size=width * 5 // 2, num_hidden_layers=layers,
                 num_attention_heads=width // 32, num_key_value_heads=width // 64,
@@ -75,32 +74,29 @@ def read_config(raw):
     vision, text = DEFAULTS[kind]
     given = raw.get("text_config", raw)              # Qwen's on the hub are flat
     rope = (given.get("rope_scaling") or {}) | (given.get("rope_parameters") or {})
-    vision = vision | raw["vision_config"]
     text = text | rope | given
     text.setdefault("num_key_value_heads", text["num_attention_heads"])
     text["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     tied = raw.get("tie_word_embeddings") or given.get("tie_word_embeddings", False)
-    return SimpleNamespace(vision=SimpleNamespace(**vision), text=SimpleNamespace(**text),
-                           image_token=raw["image_token_id"], qwen="qwen" in kind, tied=tied,
-                           shuffle=raw.get("scale_factor", 2))
+    return SimpleNamespace(
+        vision=SimpleNamespace(**vision | raw["vision_config"]), text=SimpleNamespace(**text),
+        image_token=raw["image_token_id"], shuffle=raw.get("scale_factor", 2), tied=tied,
+        qwen="qwen" in kind)
 
 
 # ------------------------------------------------------------------------------------- vision
 def attention(q, k, v, mask=None, causal=False):
     """q (B, T, H, E); k, v (B, S, K, E); mask (B, 1, T or 1, S) -> (B, T, H, E)"""
-    queries_per_head = q.shape[2] // k.shape[2]
-    k = k.repeat_interleave(queries_per_head, 2)            # GPUs have no fused masked GQA
-    v = v.repeat_interleave(queries_per_head, 2)
+    per_head = q.shape[2] // k.shape[2]                     # GPUs have no fused masked GQA
+    k, v = (x.repeat_interleave(per_head, 2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))        # (B, H, T, E) and twice (B, H, S, E)
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
-    return out.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2)
 
 
 class MLP(nn.Module):
     def __init__(self, D, wide, activation):
         super().__init__()
-        self.fc1 = nn.Linear(D, wide)
-        self.fc2 = nn.Linear(wide, D)
+        self.fc1, self.fc2 = nn.Linear(D, wide), nn.Linear(wide, D)
         self.activation = activation
 
     def forward(self, x):
@@ -110,8 +106,7 @@ class MLP(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, D, wide, bias=False):
         super().__init__()
-        self.gate_proj = nn.Linear(D, wide, bias)
-        self.up_proj = nn.Linear(D, wide, bias)
+        self.gate_proj, self.up_proj = nn.Linear(D, wide, bias), nn.Linear(D, wide, bias)
         self.down_proj = nn.Linear(wide, D, bias)
 
     def forward(self, x):
@@ -121,8 +116,7 @@ class SwiGLU(nn.Module):
 class VisionLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        D = c.hidden_size
-        self.heads = c.num_attention_heads
+        D, self.heads = c.hidden_size, c.num_attention_heads
         self.layer_norm1 = nn.LayerNorm(D, c.layer_norm_eps)
         self.layer_norm2 = nn.LayerNorm(D, c.layer_norm_eps)
         self.self_attn = nn.ModuleDict(
@@ -142,8 +136,7 @@ class Vision(nn.Module):
     """SigLIP: patches and a position table in, one vector a patch out."""
     def __init__(self, c):
         super().__init__()
-        D = c.hidden_size
-        P = (c.image_size // c.patch_size) ** 2
+        D, P = c.hidden_size, (c.image_size // c.patch_size) ** 2
         self.embeddings = nn.ModuleDict(dict(
             patch_embedding=nn.Conv2d(3, D, c.patch_size, c.patch_size),
             position_embedding=nn.Embedding(P, D)))
@@ -165,13 +158,12 @@ class Connector(nn.Module):
     def __init__(self, shuffle, vision_width, D):
         super().__init__()
         self.shuffle = shuffle
-        proj = nn.Linear(vision_width * shuffle ** 2, D, bias=False)
-        self.modality_projection = nn.ModuleDict(dict(proj=proj))
+        self.modality_projection = nn.ModuleDict(dict(
+            proj=nn.Linear(vision_width * shuffle ** 2, D, bias=False)))
 
     def forward(self, x):
         """x (B, P, vision width) -> (B * P / r², D)"""
-        r = self.shuffle
-        side = int(x.shape[1] ** 0.5) // r
+        r, side = self.shuffle, int(x.shape[1] ** 0.5) // self.shuffle
         blocks = x.unflatten(1, (side, r, side, r)).transpose(2, 3)    # (B, side, side, r, r, .)
         return self.modality_projection.proj(blocks.reshape(len(x) * side ** 2, -1))
 
@@ -212,9 +204,7 @@ class Ragged:
 class QwenLayer(nn.Module):
     def __init__(self, c, D, norm):
         super().__init__()
-        self.heads = c.num_heads
-        self.norm1 = norm(D, eps=1e-6)
-        self.norm2 = norm(D, eps=1e-6)
+        self.heads, self.norm1, self.norm2 = c.num_heads, norm(D, eps=1e-6), norm(D, eps=1e-6)
         self.attn = nn.ModuleDict(dict(qkv=nn.Linear(D, 3 * D), proj=nn.Linear(D, D)))
         if c.window_size:            # Qwen2.5-VL
             self.mlp = SwiGLU(D, c.intermediate_size, bias=True)
@@ -223,8 +213,8 @@ class QwenLayer(nn.Module):
 
     def forward(self, x, rope, segments):
         """x (P, D); rope: cos, sin (P, E); segments: Ragged, one row for patches that may meet."""
-        qkv = self.attn.qkv(self.norm1(x))
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)             # (P, H, E)
+        qkv = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # (P, 3, H, E)
+        q, k, v = qkv.unbind(1)
         q, k, v = (segments.pad(x) for x in (rotary(q, *rope), rotary(k, *rope), v))
         mixed = attention(q, k, v, segments.mask[:, None, None])               # (B, T, H, E)
         x = x + self.attn.proj(segments.pack(mixed).flatten(1))
@@ -235,8 +225,7 @@ def window_order(grids, side):
     """Sorts the image tokens of all pictures into windows of side x side. grids (N, 2) ->
     order (P / 4,); row and column of each patch in that order (P, 2); patches in each window."""
     block = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])   # the four patches of an image token
-    order, places, windows = [], [], []
-    tokens_before = 0
+    order, places, windows, tokens_before = [], [], [], 0
     for rows, columns in grids.tolist():
         token = torch.arange(rows * columns)
         row, column = token // columns, token % columns
@@ -273,10 +262,8 @@ class QwenVision(nn.Module):
         weight = self.patch_embed.proj.weight
         order, places, windows = (x.to(weight.device) for x in window_order(grids, self.side))
         x = F.linear(pixels.type_as(weight), weight.flatten(1)).type_as(weight)    # (P, D)
-        x = x.unflatten(0, (-1, 4))[order].flatten(0, 1)
-        rope = self.rope(places)
-        windows = Ragged(length_mask(windows))
-        pictures = Ragged(length_mask(4 * grids.prod(1)))
+        x, rope = x.unflatten(0, (-1, 4))[order].flatten(0, 1), self.rope(places)
+        windows, pictures = Ragged(length_mask(windows)), Ragged(length_mask(4 * grids.prod(1)))
         for index, layer in enumerate(self.blocks):
             x = layer(x, rope, pictures if index in self.full else windows)
         x = self.merger.mlp(self.merger.ln_q(x).unflatten(0, (-1, 4)).flatten(1))
@@ -295,8 +282,7 @@ class Layer(nn.Module):
         super().__init__()
         D, bias = c.hidden_size, c.attention_bias
         wide, narrow = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.index = index
-        self.head_width = c.head_dim
+        self.index, self.head_width = index, c.head_dim
         self.self_attn = nn.ModuleDict(dict(
             q_proj=nn.Linear(D, wide, bias), k_proj=nn.Linear(D, narrow, bias),
             v_proj=nn.Linear(D, narrow, bias), o_proj=nn.Linear(wide, D, bias=False)))
@@ -327,8 +313,7 @@ class Decoder(nn.Module):
 
     def forward(self, x, positions, attend):
         """x (M, D) embedded -> (M, D). attend(layer, q, k, v, rope) -> (M, H, E)."""
-        rope = self.rope(positions)
-        delta = None
+        rope, delta = self.rope(positions), None
         for layer in self.layers:
             x, delta = layer(x, delta, rope, attend)
         return self.norm(x, delta)[1]
@@ -338,8 +323,8 @@ class VLM(nn.Module):
     """A vision-language model. `raw` is its config.json."""
     def __init__(self, raw):
         super().__init__()
-        self.raw = raw
-        self.config = c = read_config(raw)
+        self.raw, self.config = raw, read_config(raw)
+        c = self.config
         D, self.vocabulary = c.text.hidden_size, c.text.vocab_size
         if c.qwen:
             parts = dict(visual=QwenVision(c.vision, D), language_model=Decoder(c.text))
@@ -382,14 +367,11 @@ class VLM(nn.Module):
         cache = [None] * len(self.decoder.layers)
 
         def attend(layer, q, k, v, rope):
-            q = ragged.pad(rotary(q, *rope))                                   # (B, T, H, E)
-            k = ragged.pad(rotary(k, *rope))                                   # (B, T, K, E)
-            v = ragged.pad(v)
-            cache[layer] = k, v
+            q, k, v = (ragged.pad(x) for x in (rotary(q, *rope), rotary(k, *rope), v))
+            cache[layer] = k, v                                                # (B, T, K, E)
             if past:
-                past_keys, past_values = past(layer)
-                k = torch.cat([past_keys, k], 1)                               # (B, S, K, E)
-                v = torch.cat([past_values, v], 1)
+                past_k, past_v = past(layer)
+                k, v = torch.cat([past_k, k], 1), torch.cat([past_v, v], 1)    # (B, S, K, E)
             return ragged.pack(attention(q, k, v, mask, causal=mask is None))
 
         return self.decoder(x, positions, attend), cache
@@ -410,19 +392,19 @@ class VLM(nn.Module):
         and values are forked to the rollouts (with gradient). The hidden state of the prompt's
         last token predicts the first response token, so that token is run again as the first
         input of each rollout, and is masked out of the forked cache."""
-        R, N = ids.shape
-        prompt = torch.arange(len(prompts.ids), device=ids.device)
+        (R, N), device = ids.shape, ids.device
+        prompt = torch.arange(len(prompts.ids), device=device)                 # (B,)
         last = prompts.lengths - 1                                             # (B,)
 
-        def per_rollout(x):                                                    # (B, ...) -> (R, ...)
+        def per_rollout(x):                                            # (B, ...) -> (R, ...)
             return x.repeat_interleave(group, 0)
 
         first = per_rollout(prompts.ids[prompt, last])[:, None]                # (R, 1)
         start = per_rollout(prompts.positions[prompt, last, 0])[:, None]       # (R, 1)
         inputs = torch.cat([first, ids[:, :-1]], 1)                            # (R, N)
-        positions = start + torch.arange(N, device=ids.device)                 # (R, N)
+        positions = start + torch.arange(N, device=device)                     # (R, N)
         in_prompt = per_rollout(length_mask(last, prompts.ids.shape[1]))       # (R, T)
-        causal = torch.ones(N, N, dtype=torch.bool, device=ids.device).tril()
+        causal = torch.ones(N, N, dtype=torch.bool, device=device).tril()
         visible = torch.cat([in_prompt[:, None].expand(R, N, -1),
                              causal.expand(R, N, N)], -1)[:, None]             # (R, 1, N, T + N)
         _, cache = self(prompts)
@@ -476,13 +458,11 @@ class LoRA(nn.Module):
     def __init__(self, linear, rank, alpha):
         super().__init__()
         device = linear.weight.device
-        self.weight = linear.weight  # under its own name: a checkpoint does not see the adapter
-        self.bias = linear.bias
+        self.weight, self.bias = linear.weight, linear.bias      # by their names in a checkpoint
         self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device=device)
         self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device=device)
         nn.init.zeros_(self.lora_B.weight)
-        self.scale = alpha / rank
-        self.enabled = True
+        self.scale, self.enabled = alpha / rank, True
 
     def forward(self, x):
         out = F.linear(x, self.weight, self.bias)
@@ -573,15 +553,13 @@ def hub_name(name):
 
 def hub_state(model):
     """The tensors as others know them: names of the hub, adapters merged, no head that is tied."""
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if "lora_" in name or model.config.tied and name == "lm_head.weight":
-            continue
-        layer, _, kind = name.rpartition(".")
-        if kind == "weight" and isinstance(model.get_submodule(layer), LoRA):
-            tensor = model.get_submodule(layer).merged().cpu()
-        tensors[hub_name(name)] = tensor
-    return tensors
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRA):
+            tensors[f"{name}.weight"] = layer.merged().cpu()
+    if model.config.tied:
+        del tensors["lm_head.weight"]
+    return {hub_name(name): tensor for name, tensor in tensors.items()}
 
 
 def side_files(model, processor):
@@ -620,17 +598,6 @@ def save_checkpoint(model, processor, directory):
         write_file(directory / "adapter" / "adapter_model.safetensors", tensors)
 
 
-def check_tensors(expected, got, where):
-    """Strict: every tensor, no other tensor, every shape; or an error that lists what differs."""
-    problems = [f"missing {name}" for name in expected if name not in got]
-    problems += [f"unexpected {name}" for name in got if name not in expected]
-    problems += [f"{name}: expected {list(expected[name].shape)}, got {list(got[name].shape)}"
-                 for name in expected if name in got and expected[name].shape != got[name].shape]
-    if problems:
-        raise CheckpointError(f"{where}: {len(problems)} tensors do not fit config.json; some are\n"
-                              + "\n".join(problems[:12]))
-
-
 def read_file(read, path):
     """read(path), or an error that names the file."""
     if not path.exists():
@@ -643,19 +610,21 @@ def read_file(read, path):
 
 
 def load_weights(model, directory, dtype):
-    """Reads the weights, of one file or of shards, into a model that has none yet."""
+    """Reads the weights, of one file or of shards, into a model that has none yet. Strict: every
+    tensor, no other tensor, every shape; or an error that lists what differs."""
     index, shards = directory / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
         shards = sorted(set(read_file(read_json, index)["weight_map"].values()))
-    tensors = {}
+    ours, tensors = {hub_name(name): name for name in model.state_dict()}, {}
     for shard in shards:
         for name, tensor in read_file(load_file, directory / shard).items():
-            if name != "lm_head.weight" or not model.config.tied:
-                tensors[hub_name(name)] = tensor.to(dtype)
-    check_tensors(hub_state(model), tensors, directory)
-    ours = {hub_name(name): name for name in model.state_dict()}
-    model.load_state_dict({ours[name]: tensor for name, tensor in tensors.items()}, assign=True,
-                          strict=False)              # check_tensors was; a tied head is not there
+            tensors[ours.get(hub_name(name), name)] = tensor.to(dtype)
+    if model.config.tied:            # the file may hold the head or not
+        tensors["lm_head.weight"] = model.lm_head.weight
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{directory}: the weights do not fit config.json: {error}") from None
     model.tie()
 
 

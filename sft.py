@@ -32,7 +32,7 @@ from tqdm import tqdm
 import data
 from evaluate import CommonConfig, evaluate, option, run_command, run_script, summary
 from kernels import Sampler, length_mask
-from model import (SIZES, add_lora, check_tensors, fresh, load_checkpoint, read_json,
+from model import (SIZES, CheckpointError, add_lora, fresh, load_checkpoint, read_json,
                    recompute_activations, save_checkpoint, write_file)
 
 WEIGHTS = {  # name: w_t from the token's probability p and the entropy there, without gradient
@@ -90,7 +90,7 @@ def imitate(run, step, examples, prompts, responses):
     """One step on somebody's answers: responses [[id]], one for each example -> metrics."""
     c = run.config
     tokens = sum(map(len, responses))
-    loss_sum, entropy_sum = 0.0, 0.0
+    loss_sum = entropy_sum = 0.0
     run.zero_grad()
     for start, stop in data.pieces(0, len(examples), c.micro_batch):
         ids, lengths = data.pad_rows(responses[start:stop], run.processor.pad)
@@ -159,13 +159,11 @@ def starting_model(c, small, published):
         made = pathlib.Path(c.init) / "run.json"
         if not (made.exists() and read_json(made).get("finished")):
             run_command(f"python sft.py --stage base --out {c.init} --device {c.device} --resume")
-    frozen_bf16 = c.lora_rank and c.device == "cuda"
-    dtype = torch.bfloat16 if frozen_bf16 else torch.float32
+    dtype = torch.bfloat16 if c.lora_rank and c.device == "cuda" else torch.float32
     model, processor = load_checkpoint(c.init, c.device, dtype, c.prompt())
-    large = sum(p.numel() for p in model.parameters()) > 5e7
-    if large and c.lora_rank:
-        published *= 10
-    c.lr = c.lr or (published if large else small)
+    if sum(p.numel() for p in model.parameters()) > 5e7:
+        c.lr = c.lr or (10 * published if c.lora_rank else published)
+    c.lr = c.lr or small
     return model, processor
 
 
@@ -215,11 +213,8 @@ class Run:
     """A training run and its directory. Draws are functions of (seed, step): no generator has a
     state to be kept. reference: the initial model, where something is measured against it."""
     def __init__(self, config, model, processor, decay, reference=None):
-        self.config = config
-        self.model = model
-        self.processor = processor
-        self.decay = decay
-        self.reference = reference
+        self.config, self.model, self.processor = config, model, processor
+        self.decay, self.reference = decay, reference
         self.step = 0                                            # how many are done
         self.out = pathlib.Path(config.out)
         self.state = self.out / "training" / "state.safetensors"
@@ -258,7 +253,8 @@ class Run:
             self.step = int(file.metadata()["step"])
         weights = {key.removesuffix("/weight"): tensor for key, tensor in tensors.items()
                    if key.endswith("/weight")}
-        check_tensors(self.trained, weights, self.state)
+        if weights.keys() != self.trained.keys():
+            raise CheckpointError(f"{self.state} holds other weights than this run trains")
         for name, p in self.trained.items():
             p.data.copy_(weights[name])
         for key, tensor in tensors.items():

@@ -178,7 +178,8 @@ def measure_steps(c, row, rate, speed):
             return lambda: sampler.generate(prompts, *ask)
 
         work, read = operations(sample(plain)) / rate, plain.cache.nbytes / 2
-        read = c.new_tokens * (read + sum(p.nbytes for p in plain.model.decoder.parameters())) / speed
+        read += sum(p.nbytes for p in plain.model.decoder.parameters())
+        read *= c.new_tokens / speed
         rivals = {"transformers generate": transformers_generate(c.model, prompts, *ask)
                   } if "transformers" in c.against else {}
         rivals |= {"the step not captured": sample(plain)} if CUDA else {}
@@ -202,16 +203,23 @@ def measure_steps(c, row, rate, speed):
             else in_turn(sft_step), operations(sft_step) / rate, "TRL's SFTTrainer")
 
 
+def parser():
+    made = argparse.ArgumentParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", help="an Idefics3 or SmolVLM (default: random, size m)")
+    made.add_argument("--against", nargs="*", choices=("transformers", "trl"), default=[],
+                      help="libraries to compare with, which have to be installed")
+    for option, default, doc in (("prompts", 32, "questions of a GRPO step"),
+                                 ("group", 8, "rollouts of a question"),
+                                 ("new-tokens", 48, "tokens of a rollout")):
+        made.add_argument(f"--{option}", type=int, default=default,
+                          help=f"{doc} (default: %(default)s)")
+    made.add_argument("--json", type=pathlib.Path, help="file for the rows")
+    return made
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="an Idefics3 or SmolVLM (default: random, size m)")
-    parser.add_argument("--against", nargs="*", choices=("transformers", "trl"), default=[],
-                        help="libraries to compare with, which have to be installed")
-    for option, default in (("prompts", 32), ("group", 8), ("new-tokens", 48)):
-        parser.add_argument(f"--{option}", type=int, default=default)
-    parser.add_argument("--json", type=pathlib.Path, help="file for the rows")
-    args, rows = parser.parse_args(), []
+    args, rows = parser().parse_args(), []
 
     def row(name, values, floor, than, unit="s"):
         mine, *rival = values

@@ -39,7 +39,8 @@ def test_real_data(checkpoint, tmp_path, capsys, name, family):
     sft.main(sft.Config(**common, init=str(start), out=str(tmp_path / "sft"), batch=4,
                         longest_edge=112, system="Be brief.", instruction="Think step by step.",
                         answer_format="boxed", recompute=True, freeze_vision=True))
-    before, after = (models.load_checkpoint(path)[0].state_dict() for path in (start, tmp_path / "sft"))
+    before, after = (models.load_checkpoint(path)[0].state_dict()
+                     for path in (start, tmp_path / "sft"))
     moved = {part for part in before if not torch.equal(before[part], after[part])}
     assert not [part for part in moved if re.search("vision_model|patch_embed|blocks", part)]
     assert any(re.search("connector|merger", part) for part in moved)
