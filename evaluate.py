@@ -232,27 +232,23 @@ def summary(rows):
         for name in ("faithful", "lucky"):
             figures[name] = mean(verdict(row) == name for row in rows)
     if samples > 1:
-        figures["pass_at"] = {}
-        for k in [2 ** i for i in range(samples.bit_length())]:
-            chances = [pass_at_k(len(some), sum(some), k) for some in asked]
-            figures["pass_at"][k] = mean(chances)
+        figures["pass_at"] = {k: mean(pass_at_k(len(some), sum(some), k) for some in asked)
+                              for k in (2 ** i for i in range(samples.bit_length()))}
     return figures
 
 
 def summaries(rows):
     """-> {split: figures, with the same figures per family under «families»}"""
-    splits = {}
-    for split, part in grouped(rows, "split").items():
-        families = {name: summary(some) for name, some in grouped(part, "family").items()}
-        splits[split] = summary(part) | dict(families=families)
-    return splits
+    return {split: summary(part) | dict(families={
+        family: summary(some) for family, some in grouped(part, "family").items()})
+        for split, part in grouped(rows, "split").items()}
 
 
 # ------------------------------------------------------------------------------------ evaluation
 def evaluate(sampler, processor, examples, split="", samples=1, temperature=0.0, new_tokens=48,
              seed=0):
     """Answers and grades every example -> rows, one for each answer, in order."""
-    rows, answer_format = [], processor.style["answer_format"]
+    rows = []
     batches = [range(*piece) for piece in data.pieces(0, len(examples), max(1, 256 // samples))]
     prepared = processor.prefetch(examples, batches, sampler.device.type)
     for indices, (asked, prompts, _) in zip(tqdm(batches, split, leave=False, disable=None),
@@ -262,7 +258,7 @@ def evaluate(sampler, processor, examples, split="", samples=1, temperature=0.0,
         for r, ids in enumerate(rollouts.rows()):
             b = r // samples
             example, response = asked[b], processor.decode(ids)
-            graded = grade(response, example, answer_format)
+            graded = grade(response, example, processor.style["answer_format"])
             rows.append(dict(
                 id=example.id, split=split, family=example.family, prompt=example.question,
                 prompt_ids=prompts.ids[b, :prompts.lengths[b]].tolist(), response_ids=ids,
@@ -447,18 +443,13 @@ def study_cells(c):
 def reward_curve(model):
     """Points (mean reward and its parts since the evaluation before, held-out accuracy), Spearman
     ρ after the first third (below 0: the reward deceives), regret (best minus last accuracy)."""
-    points, held_out, since = [], [], []
-    for row in data.read_jsonl(f"{model}/metrics.jsonl"):
-        if "val_accuracy" not in row:                # a step
-            since.append(row)
-            continue
-        held_out.append(row["val_accuracy"])
-        if since:
-            means = {name: mean(step[name] for step in since)
-                     for name in ("reward", "accuracy", "format")}
-            points.append(dict(step=row["step"], held_out=row["val_accuracy"], **means))
-        since = []
-    late = points[len(points) // 3:]
+    rows, points = data.read_jsonl(f"{model}/metrics.jsonl"), []
+    evaluations = [i for i, row in enumerate(rows) if "val_accuracy" in row]
+    for start, end in zip(evaluations, evaluations[1:]):         # between them, a row for each step
+        means = {name: mean(row[name] for row in rows[start + 1:end])
+                 for name in ("reward", "accuracy", "format")}
+        points.append(dict(step=rows[end]["step"], held_out=rows[end]["val_accuracy"], **means))
+    held_out, late = [rows[i]["val_accuracy"] for i in evaluations], points[len(points) // 3:]
     rho = spearman([point["reward"] for point in late], [point["held_out"] for point in late])
     return dict(points=points, spearman=rho, regret=max(held_out) - held_out[-1])
 

@@ -90,9 +90,7 @@ def token_weights(mask, how, longest):
     lengths = mask.sum(1, keepdim=True)                                        # (R, 1)
     if how == "sequence":
         return mask / lengths.clamp(min=1) / (lengths > 0).sum().clamp(min=1)
-    if how == "token":
-        return mask / lengths.sum().clamp(min=1)
-    return mask / (len(mask) * longest)
+    return mask / (lengths.sum().clamp(min=1) if how == "token" else len(mask) * longest)
 
 
 def token_loss(logprob, old, sampled, reference, advantage, mask, c):

@@ -206,15 +206,12 @@ class QwenLayer(nn.Module):
         super().__init__()
         self.heads, self.norm1, self.norm2 = c.num_heads, norm(D, eps=1e-6), norm(D, eps=1e-6)
         self.attn = nn.ModuleDict(dict(qkv=nn.Linear(D, 3 * D), proj=nn.Linear(D, D)))
-        if c.window_size:            # Qwen2.5-VL
-            self.mlp = SwiGLU(D, c.intermediate_size, bias=True)
-        else:
-            self.mlp = MLP(D, D * c.mlp_ratio, lambda x: x * torch.sigmoid(1.702 * x))
+        self.mlp = (SwiGLU(D, c.intermediate_size, bias=True) if c.window_size else    # 2.5
+                    MLP(D, D * c.mlp_ratio, lambda x: x * torch.sigmoid(1.702 * x)))
 
     def forward(self, x, rope, segments):
         """x (P, D); rope: cos, sin (P, E); segments: Ragged, one row for patches that may meet."""
-        qkv = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # (P, 3, H, E)
-        q, k, v = qkv.unbind(1)
+        q, k, v = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).unbind(1)
         q, k, v = (segments.pad(x) for x in (rotary(q, *rope), rotary(k, *rope), v))
         mixed = attention(q, k, v, segments.mask[:, None, None])               # (B, T, H, E)
         x = x + self.attn.proj(segments.pack(mixed).flatten(1))
@@ -243,13 +240,10 @@ class QwenVision(nn.Module):
     """Qwen2-VL's ViT; in Qwen2.5-VL's most layers see windows of 112x112 pixels alone."""
     def __init__(self, c, out):
         super().__init__()
-        patch = c.patch_size
-        if c.window_size:            # Qwen2.5-VL
-            D, norm = c.hidden_size, nn.RMSNorm
-            self.side, self.full = c.window_size // (2 * patch), c.fullatt_block_indexes
-        else:
-            D, norm = c.embed_dim, nn.LayerNorm
-            self.side, self.full = 1 << 30, range(c.depth)
+        windows, patch = c.window_size, c.patch_size         # Qwen2-VL has no windows
+        D, norm = (c.hidden_size, nn.RMSNorm) if windows else (c.embed_dim, nn.LayerNorm)
+        self.side = windows // (2 * patch) if windows else 1 << 30
+        self.full = c.fullatt_block_indexes if windows else range(c.depth)
         self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv3d(3, D, (2, patch, patch), bias=False)))
         self.blocks = nn.ModuleList(QwenLayer(c, D, norm) for _ in range(c.depth))
         self.merger = nn.ModuleDict(dict(ln_q=norm(D, eps=1e-6), mlp=nn.Sequential(
@@ -533,16 +527,14 @@ SIDE_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer_co
 
 def tabletop_files(processor):
     """{name: text} of the side files of a model made from scratch."""
-    return {
-        "preprocessor_config.json": json.dumps(dict(
-            image_processor_type="Idefics3ImageProcessor", image_mean=processor.MEAN,
-            image_std=processor.STD, max_image_size={"longest_edge": processor.tile})),
-        "processor_config.json": json.dumps(dict(
-            processor_class="Idefics3Processor", image_seq_len=processor.image_tokens)),
-        "tokenizer_config.json": json.dumps(dict(
-            tokenizer_class="PreTrainedTokenizerFast", bos_token=data.START, eos_token=data.STOP,
-            pad_token=data.PAD)),
-        "chat_template.jinja": data.CHAT_TEMPLATE}
+    image = dict(image_processor_type="Idefics3ImageProcessor", image_mean=processor.MEAN,
+                 image_std=processor.STD, max_image_size={"longest_edge": processor.tile})
+    whole = dict(processor_class="Idefics3Processor", image_seq_len=processor.image_tokens)
+    words = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=data.START,
+                 eos_token=data.STOP, pad_token=data.PAD)
+    return {"preprocessor_config.json": json.dumps(image), "processor_config.json":
+            json.dumps(whole), "tokenizer_config.json": json.dumps(words),
+            "chat_template.jinja": data.CHAT_TEMPLATE}
 
 
 def hub_name(name):
@@ -563,8 +555,11 @@ def hub_state(model):
 
 
 def side_files(model, processor):
-    """{name: text}: the side files as they came, with what this run changed."""
+    """{name: text} beside the weights: side files as they came, but for what this run changed."""
     files, size = dict(processor.files), processor.preprocessing()
+    files["config.json"] = json.dumps(model.raw, indent=1)
+    files["prompt.json"] = json.dumps(processor.style, indent=1)
+    files["tokenizer.json"] = processor.tokenizer.to_str(pretty=True)
 
     def change(name, **fields):
         files[name] = json.dumps(json.loads(files.get(name, "{}")) | fields)
@@ -582,20 +577,15 @@ def side_files(model, processor):
 def save_checkpoint(model, processor, directory):
     """Writes what transformers, vLLM and TRL open: adapters merged; in adapter/ what peft opens."""
     directory = pathlib.Path(directory)
-    texts = side_files(model, processor) | {
-        "config.json": json.dumps(model.raw, indent=1),
-        "prompt.json": json.dumps(processor.style, indent=1),
-        "tokenizer.json": processor.tokenizer.to_str(pretty=True)}
-    for name, text in texts.items():
+    for name, text in side_files(model, processor).items():
         write_file(directory / name, text)
     dtype = getattr(torch, model.raw.get("dtype") or model.raw.get("torch_dtype") or "float32")
     tensors = {name: tensor.to("cpu", dtype) for name, tensor in hub_state(model).items()}
     write_file(directory / "model.safetensors", tensors)
     if model.adapter:
-        tensors = {f"base_model.model.{name}": tensor
-                   for name, tensor in model.state_dict().items() if "lora_" in name}
         write_file(directory / "adapter" / "adapter_config.json", json.dumps(model.adapter))
-        write_file(directory / "adapter" / "adapter_model.safetensors", tensors)
+        write_file(directory / "adapter" / "adapter_model.safetensors", {
+            f"base_model.model.{n}": t for n, t in model.state_dict().items() if "lora_" in n})
 
 
 def read_file(read, path):

@@ -115,14 +115,11 @@ def training_examples(c):
         return data.World("base", size=c.steps * c.batch)
     if c.traces in ("canonical", "verbose", "answer"):
         return data.World("train", c.traces, c.examples)
-    examples = []
-    for row in data.read_jsonl(c.traces):
-        if row.get("correct", True):
-            split, _, index = row["id"].partition("/")
-            examples.append(replace(data.world_example(split, index), response=row["response"]))
-    if not examples:
+    right = [row for row in data.read_jsonl(c.traces) if row.get("correct", True)]
+    if not right:
         raise data.DataError(f"{c.traces}: no right answer among its rows")
-    return examples
+    return [replace(data.world_example(*row["id"].partition("/")[::2]), response=row["response"])
+            for row in right]
 
 
 def from_scratch(c, examples):
@@ -251,15 +248,13 @@ class Run:
         tensors = load_file(self.state, device=self.config.device)
         with safe_open(self.state, "pt") as file:
             self.step = int(file.metadata()["step"])
-        weights = {key.removesuffix("/weight"): tensor for key, tensor in tensors.items()
-                   if key.endswith("/weight")}
-        if weights.keys() != self.trained.keys():
+        if {key.rpartition("/")[0] for key in tensors} != self.trained.keys():
             raise CheckpointError(f"{self.state} holds other weights than this run trains")
-        for name, p in self.trained.items():
-            p.data.copy_(weights[name])
         for key, tensor in tensors.items():
-            name, _, part = key.rpartition("/")      # «lm_head.weight», «exp_avg»
-            if part != "weight":
+            name, _, part = key.rpartition("/")      # e.g. «lm_head.weight», «exp_avg»
+            if part == "weight":
+                self.trained[name].data.copy_(tensor)
+            else:
                 self.optimizers[name].state[self.trained[name]][part] = tensor
 
     def is_kept(self):
