@@ -229,8 +229,8 @@ def summary(rows):
                    length=mean(len(row["response_ids"]) for row in rows),
                    truncated=mean(row["truncated"] for row in rows))
     if rows[0]["faithful"] is not None:
-        for name in ("faithful", "lucky"):
-            figures[name] = mean(verdict(row) == name for row in rows)
+        figures |= {word: mean(verdict(row) == word for row in rows)
+                    for word in ("faithful", "lucky")}
     if samples > 1:
         figures["pass_at"] = {k: mean(pass_at_k(len(some), sum(some), k) for some in asked)
                               for k in (2 ** i for i in range(samples.bit_length()))}
@@ -330,8 +330,8 @@ class CommonConfig:
 
     def prompt(self):
         """What is given of data.PROMPT."""
-        given = {name: getattr(self, name) for name in data.PROMPT}
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: value for name, value in vars(self).items()
+                if name in data.PROMPT and value is not None}
 
 
 @dataclass
@@ -351,8 +351,7 @@ def answer_all(directory, c):
     dtype = torch.bfloat16 if c.device == "cuda" else torch.float32
     model, processor = load_checkpoint(directory, c.device, dtype, c.prompt(), may_differ=False)
     sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop)
-    usual = 0.0 if c.samples == 1 else 1.0
-    temperature = usual if c.temperature is None else c.temperature
+    temperature = float(c.samples > 1) if c.temperature is None else c.temperature
     for split in c.split.split(",") if c.data == "world" else ["all"]:
         examples = data.load_dataset(c.data, split, c.limit, c.skip_bad_rows)
         yield from evaluate(sampler, processor, examples, split, c.samples, temperature,
@@ -364,18 +363,16 @@ COLUMNS = ["accuracy", "faithful", "lucky", "format", "tokens"]          # of th
 
 def columns(figures):
     """The figures of a split or a family as cells under COLUMNS, shares in percent."""
-    low, high = figures["interval"]
-    accuracy = f"{100 * figures['accuracy']:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+    value, low, high = (100 * share for share in (figures["accuracy"], *figures["interval"]))
     shares = [f"{100 * figures[name]:.1f}" if name in figures else "" for name in COLUMNS[1:4]]
-    return [accuracy, *shares, f"{figures['length']:.1f}"]
+    return [f"{value:.1f} [{low:.0f}, {high:.0f}]", *shares, f"{figures['length']:.1f}"]
 
 
 def text_table(rows):
     """In Markdown, aligned, so that it reads well on a terminal too."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    rule = ["-" * width for width in widths]
-    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |"
-                     for row in [rows[0], rule, *rows[1:]])
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
 
 
 def main(c):
@@ -404,12 +401,12 @@ class StudyConfig:
     device: str = option(DEVICE, "cpu or cuda", ("cpu", "cuda"))
 
 
-PRESETS = {"quick": dict(weak=600, limit=600, base="--keep 600", sft="--examples 2000",
-                         grpo="--examples 2000 --steps 100 --eval-every 10"),
-           "smoke": dict(weak=6, limit=24, base="--steps 12 --keep 6 --batch 32 --eval-examples 12",
-                         sft="--examples 128 --epochs 1 --eval-examples 12",
-                         grpo="--examples 64 --prompts 4 --steps 3 --eval-every 1 "
-                              "--eval-examples 12 --max-new-tokens 32")}
+PRESETS = {
+    "quick": dict(weak=600, limit=600, base="--keep 600", sft="--examples 2000",
+                  grpo="--examples 2000 --steps 100 --eval-every 10"),
+    "smoke": dict(weak=6, limit=24, base="--steps 12 --keep 6 --batch 32 --eval-examples 12",
+                  sft="--examples 128 --epochs 1 --eval-examples 12", grpo="--examples 64 --steps 3 "
+                  "--prompts 4 --eval-every 1 --eval-examples 12 --max-new-tokens 32")}
 CURVES = {"held_out": "#0b6e4f", "reward": "#c1440e", "accuracy": "#7a7a7a", "format": "#3b6fb6"}
 
 
@@ -508,12 +505,11 @@ def main_table(cells):
 
 def chart(title, points):
     """A self-contained SVG: CURVES over the steps of a run, between 0 and 1.1."""
-    last = points[-1]["step"]
-    drawn = ""
+    last, drawn = points[-1]["step"], ""
     for i, (name, colour) in enumerate(CURVES.items()):
         line = " ".join(f"{360 * p['step'] / last:.0f},{145 - 145 * p[name]:.1f}" for p in points)
-        drawn += f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
-        drawn += f'<text x="{95 * i}" y="175" fill="{colour}">{name}</text>'
+        drawn += (f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
+                  f'<text x="{95 * i}" y="175" fill="{colour}">{name}</text>')
     return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="-30 -41 420 232" width="420" '
             'style="background:#fff;font:14px sans-serif"><path d="M0 0h360M0 72h360M0 145h360" '
             'stroke="#ddd"/><text x="-17" y="5">1</text><text x="-17" y="150">0</text>'
@@ -522,12 +518,10 @@ def chart(title, points):
 
 def rollout_table(cells, rows):
     """One question put to every model, with each step marked; what a model wrote is escaped."""
-    example = data.world_example(*rows[0]["id"].split("/"))
-    file = io.BytesIO()
+    example, file = data.world_example(*rows[0]["id"].split("/")), io.BytesIO()
     example.images[0].save(file, "PNG")
     picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    question = example.question.removeprefix(data.IMAGE)
-    table = [[f'<img src="{picture}">', question, example.answer]]
+    table = [[f'<img src="{picture}">', example.question.removeprefix(data.IMAGE), example.answer]]
     for cell, row in zip(cells, rows):
         steps = grade(row["response"], example).steps or [(row["response"], None)]
         said = ". ".join(f"<span class={true}>{html.escape(step)}</span>" for step, true in steps)

@@ -145,8 +145,7 @@ class Experience:
 
 def rollout(run, step, examples, prompts):
     """Samples a group of answers to each question and rewards them -> Experience, metrics."""
-    c = run.config
-    begin = time.perf_counter()
+    c, begin = run.config, time.perf_counter()
     run.sampler.refresh()
     seeds = torch.arange(len(examples)) + c.prompts * (step + 1_000_003 * c.seed)
     rollouts = run.sampler.generate(prompts, c.group, c.max_new_tokens, c.temperature,
@@ -176,8 +175,7 @@ def rollout(run, step, examples, prompts):
 def score(run, model, prompts, rollouts, start, stop):
     """Log-prob and entropy of the answers to prompts start..stop under a model, in the
     distribution that they were drawn from. -> two tensors (rows, N)"""
-    c = run.config
-    rows = slice(start * c.group, stop * c.group)
+    c, rows = run.config, slice(start * run.config.group, stop * run.config.group)
     with run.autocast():
         return model.score(prompts.part(start, stop).to(c.device), rollouts.ids[rows],
                            rollouts.mask[rows], c.group, run.sampler.banned, c.temperature)

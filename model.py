@@ -78,10 +78,9 @@ def read_config(raw):
     text.setdefault("num_key_value_heads", text["num_attention_heads"])
     text["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     tied = raw.get("tie_word_embeddings") or given.get("tie_word_embeddings", False)
-    return SimpleNamespace(
-        vision=SimpleNamespace(**vision | raw["vision_config"]), text=SimpleNamespace(**text),
-        image_token=raw["image_token_id"], shuffle=raw.get("scale_factor", 2), tied=tied,
-        qwen="qwen" in kind)
+    vision = SimpleNamespace(**vision | raw["vision_config"])
+    return SimpleNamespace(vision=vision, text=SimpleNamespace(**text), tied=tied, qwen="qwen" in kind,
+                           image_token=raw["image_token_id"], shuffle=raw.get("scale_factor", 2))
 
 
 # ------------------------------------------------------------------------------------- vision
@@ -124,8 +123,7 @@ class VisionLayer(nn.Module):
         self.mlp = MLP(D, c.intermediate_size, functools.partial(F.gelu, approximate="tanh"))
 
     def forward(self, x):
-        attn = self.self_attn
-        h = self.layer_norm1(x)                                                # (B, P, D)
+        attn, h = self.self_attn, self.layer_norm1(x)                          # (B, P, D)
         q, k, v = (proj(h).unflatten(-1, (self.heads, -1))                     # (B, P, H, E)
                    for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
         x = x + attn.out_proj(attention(q, k, v).flatten(2))
@@ -451,8 +449,8 @@ class LoRA(nn.Module):
     first (Hu et al. 2021, section 4.1)."""
     def __init__(self, linear, rank, alpha):
         super().__init__()
-        device = linear.weight.device
         self.weight, self.bias = linear.weight, linear.bias      # by their names in a checkpoint
+        device = linear.weight.device
         self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device=device)
         self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device=device)
         nn.init.zeros_(self.lora_B.weight)
@@ -470,20 +468,20 @@ class LoRA(nn.Module):
         return self.weight + self.scale * (self.lora_B.weight @ self.lora_A.weight).float()
 
 
-def adapters(model):
-    return [layer for layer in model.modules() if isinstance(layer, LoRA)]
+def switch_adapters(model, enabled):
+    for layer in model.modules():
+        if isinstance(layer, LoRA):
+            layer.enabled = enabled
 
 
 @contextlib.contextmanager
 def without_adapters(model):
     """Inside, the model is the one that its adapters adapt."""
-    for adapter in adapters(model):
-        adapter.enabled = False
+    switch_adapters(model, False)
     try:
         yield model
     finally:
-        for adapter in adapters(model):
-            adapter.enabled = True
+        switch_adapters(model, True)
 
 
 def add_lora(model, rank, alpha, targets, base=None):
@@ -493,7 +491,7 @@ def add_lora(model, rank, alpha, targets, base=None):
     for name, layer in list(model.decoder.named_modules()):
         if name.split(".")[-1] in names and isinstance(layer, nn.Linear):
             model.decoder.set_submodule(name, LoRA(layer, rank, alpha))
-    if not adapters(model):
+    if not any(p.requires_grad for p in model.parameters()):
         raise CheckpointError(f"--lora-targets {targets}: no such linear layer in the decoder; "
                               "its layers have q_proj, k_proj, v_proj, o_proj, gate_proj, ...")
     decoder = "language_model" if model.config.qwen else "text_model"
@@ -532,15 +530,13 @@ def tabletop_files(processor):
     whole = dict(processor_class="Idefics3Processor", image_seq_len=processor.image_tokens)
     words = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=data.START,
                  eos_token=data.STOP, pad_token=data.PAD)
-    return {"preprocessor_config.json": json.dumps(image), "processor_config.json":
-            json.dumps(whole), "tokenizer_config.json": json.dumps(words),
-            "chat_template.jinja": data.CHAT_TEMPLATE}
+    return {"preprocessor_config.json": json.dumps(image), "chat_template.jinja": data.CHAT_TEMPLATE,
+            "processor_config.json": json.dumps(whole), "tokenizer_config.json": json.dumps(words)}
 
 
 def hub_name(name):
     """What the hub calls a tensor: the parts of Qwen's models had other names there."""
-    name = re.sub(r"^model\.visual", "visual", name)
-    return re.sub(r"^model\.language_model", "model", name)
+    return re.sub(r"^model\.language_model", "model", re.sub(r"^model\.visual", "visual", name))
 
 
 def hub_state(model):
@@ -580,8 +576,8 @@ def save_checkpoint(model, processor, directory):
     for name, text in side_files(model, processor).items():
         write_file(directory / name, text)
     dtype = getattr(torch, model.raw.get("dtype") or model.raw.get("torch_dtype") or "float32")
-    tensors = {name: tensor.to("cpu", dtype) for name, tensor in hub_state(model).items()}
-    write_file(directory / "model.safetensors", tensors)
+    write_file(directory / "model.safetensors", {
+        name: tensor.to("cpu", dtype) for name, tensor in hub_state(model).items()})
     if model.adapter:
         write_file(directory / "adapter" / "adapter_config.json", json.dumps(model.adapter))
         write_file(directory / "adapter" / "adapter_model.safetensors", {
@@ -645,7 +641,7 @@ def load_processor(model, directory, prompt, may_differ):
 
 def load_checkpoint(directory, device="cpu", dtype=torch.float32, prompt=None, may_differ=True):
     """-> (VLM, Processor) of a run directory or a downloaded SmolVLM, Qwen2-VL or Qwen2.5-VL.
-    prompt: some of data.PROMPT; may_differ: may contradict prompt.json. Strict: check_tensors."""
+    prompt: some of data.PROMPT; may_differ: may contradict prompt.json."""
     directory = pathlib.Path(directory)
     with torch.device("meta"):
         model = read_file(lambda path: VLM(read_json(path)), directory / "config.json")

@@ -122,15 +122,6 @@ def training_examples(c):
             for row in right]
 
 
-def from_scratch(c, examples):
-    """-> model and processor; the tokenizer learns from the text of the first examples."""
-    text = [examples[i] for i in range(min(3000, len(examples)))]
-    if c.data == "world":
-        text += [data.world_example("train", i, "verbose") for i in range(600)]
-    model, processor = fresh(c.size, text, c.seed, c.prompt())
-    return model.to(c.device), processor
-
-
 def main(c):
     c.out = c.out or f"runs/{c.stage}"
     if c.stage == "base" and c.data == "world":
@@ -138,7 +129,11 @@ def main(c):
     examples = training_examples(c)
     c.steps = c.steps or c.epochs * max(1, len(examples) // c.batch)
     if c.stage == "base" or c.init is None and c.data != "world":
-        model, processor = from_scratch(c, examples)
+        text = [examples[i] for i in range(min(3000, len(examples)))]    # for the tokenizer
+        if c.data == "world":
+            text += [data.world_example("train", i, "verbose") for i in range(600)]
+        model, processor = fresh(c.size, text, c.seed, c.prompt())
+        model.to(c.device)
         c.lr = c.lr or 1e-2
     else:
         model, processor = starting_model(c, small=3e-3, published=1e-5)
@@ -171,10 +166,9 @@ def trained_parameters(model, c):
         add_lora(model, c.lora_rank, c.lora_alpha, c.lora_targets, c.init)
     if c.recompute:
         recompute_activations(model)
-    if c.freeze_vision:
-        for name, p in model.named_parameters():
-            if re.search(r"vision_model|visual\.(?!merger)", name):
-                p.requires_grad_(False)
+    for name, p in model.named_parameters():
+        if c.freeze_vision and re.search(r"vision_model|visual\.(?!merger)", name):
+            p.requires_grad_(False)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -183,9 +177,9 @@ def make_optimizers(trained, lr):
     matrices = {name: p for name, p in trained.items() if p.ndim == 2 and "lora_" not in name
                 and re.search(r"layers\.|blocks\.|connector|merger", name)}
     rest = [p for name, p in trained.items() if name not in matrices]
+    adamw = torch.optim.AdamW(rest, lr / 3 if matrices else lr, (0.9, 0.95), weight_decay=0.0)
     muon = torch.optim.Muon(matrices.values(), lr=lr, weight_decay=0.0,
                             adjust_lr_fn="match_rms_adamw") if matrices else None
-    adamw = torch.optim.AdamW(rest, lr / 3 if matrices else lr, (0.9, 0.95), weight_decay=0.0)
     return {name: muon if name in matrices else adamw for name in trained}
 
 
@@ -212,8 +206,7 @@ class Run:
     def __init__(self, config, model, processor, decay, reference=None):
         self.config, self.model, self.processor = config, model, processor
         self.decay, self.reference = decay, reference
-        self.step = 0                                            # how many are done
-        self.out = pathlib.Path(config.out)
+        self.step, self.out = 0, pathlib.Path(config.out)        # step: how many are done
         self.state = self.out / "training" / "state.safetensors"
         torch.backends.cuda.matmul.allow_tf32 = True             # the head's gradient is fp32
         self.trained = trained_parameters(model, config)
@@ -291,8 +284,7 @@ class Run:
                      "--lr is the usual cure")
         factor = lr_factor(self.step, self.config.steps, self.config.warmup, self.decay)
         for optimizer in set(self.optimizers.values()):
-            group, = optimizer.param_groups
-            group["lr"] = factor * group["peak_lr"]
+            optimizer.param_groups[0]["lr"] = factor * optimizer.param_groups[0]["peak_lr"]
             optimizer.step()
         return norm
 
@@ -327,8 +319,7 @@ class Run:
             batch = next(prepared)
             waited = time.perf_counter() - begin
             metrics = one_step(self, step, *batch)
-            self.step = step + 1
-            seconds = time.perf_counter() - begin
+            self.step, seconds = step + 1, time.perf_counter() - begin
             self.log(step=self.step, **metrics, waited=waited, seconds=seconds)
             bar.set_postfix({name: f"{value:.3g}" for name, value in list(metrics.items())[:4]})
             last = self.step == c.steps
