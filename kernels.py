@@ -5,6 +5,8 @@ and under autograd, the kernel on CUDA without gradients; the tests hold one aga
 
 The last token of a prompt is the first token of each of its rollouts: a prompt is read once, and
 every rollout starts with a `step` on that token; no first token is special.
+
+Sizes are those of model.py; S slots are the length of a group's cache.
 """
 import copy
 import functools
@@ -28,22 +30,27 @@ def widened(x):
 
 
 def length_mask(lengths, width=None):
-    """(B,) -> (B, width) True at the first lengths[b] places."""
-    return torch.arange(width or int(lengths.max()), device=lengths.device) < lengths[:, None]
+    """lengths (B,) -> (B, width) True in the first lengths[b] columns. width None: the longest."""
+    width = int(lengths.max()) if width is None else width
+    return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
 def on_cuda(launch):
     """Beside a torch reference: `launch` runs instead on CUDA when no gradient is needed."""
     def beside(reference):
         def choose(x, *rest):
-            return (launch if x.is_cuda and not torch.is_grad_enabled() else reference)(x, *rest)
+            if triton and x.is_cuda and not torch.is_grad_enabled():
+                return launch(x, *rest)
+            return reference(x, *rest)
+
         choose.reference, choose.triton = reference, launch
         return functools.update_wrapper(choose, reference)
     return beside
 
 
 def mix(x):
-    """A 32-bit hash (lowbias32) of int32 numbers: the same in torch and Triton, on every device."""
+    """A 32-bit hash (lowbias32) of int32 numbers: the same in torch and Triton, on every device.
+    The masks drop the copies of the sign that >> shifts in."""
     x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
     x = (x ^ (x >> 15 & 0x1FFFF)) * (0x846CA68B - 2 ** 32)
     return x ^ (x >> 16 & 0xFFFF)
@@ -52,139 +59,134 @@ def mix(x):
 # ------------------------------------------------------------------------------------- kernels
 if triton:
     mix_kernel = triton.jit(mix)
+    MASKED = tl.constexpr(NEGATIVE)
 
     @triton.jit
-    def load(pointer, inside):
-        """In fp32, zero outside."""
+    def load_fp32(pointer, inside):
+        """Zero outside."""
         return tl.load(pointer, inside, 0.0).to(tl.float32)
 
     @triton.jit
-    def rms_norm_kernel(x, delta, weight, total, normed, width, eps, BLOCK: tl.constexpr):
-        row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-        at, inside = row * width + column, column < width
-        wide = load(x + at, inside) + load(delta + at, inside)
-        wide = wide.to(total.dtype.element_ty).to(tl.float32)        # rounded as it is stored
-        tl.store(total + at, wide, inside)
-        unit = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)).to(normed.dtype.element_ty)
-        tl.store(normed + at, load(weight + column, inside) * unit, inside)
+    def rotated(x, cos, sin, E, BLOCK: tl.constexpr):
+        """-> the head of width E at pointer x, turned by the angles at cos and sin."""
+        e = tl.arange(0, BLOCK)
+        inside, left = e < E, e < E // 2
+        turned = load_fp32(x + tl.where(left, e + E // 2, e - E // 2), inside)
+        turned = tl.where(left, -turned, turned) * load_fp32(sin + e, inside)
+        return load_fp32(x + e, inside) * load_fp32(cos + e, inside) + turned
 
     @triton.jit
-    def rotated(x, cos, sin, row, E, BLOCK: tl.constexpr):
-        """-> the head of width E at pointer x, turned by the angles of this row."""
-        at, angle = tl.arange(0, BLOCK), row * E + tl.arange(0, BLOCK)
-        inside, left = at < E, at < E // 2
-        turned = load(x + tl.where(left, at + E // 2, at - E // 2), inside)
-        turned = tl.where(left, -turned, turned)
-        return load(x + at, inside) * load(cos + angle, inside) + turned * load(sin + angle, inside)
-
-    @triton.jit
-    def rotary_cache_kernel(q, k, v, cos, sin, keys, values, slots, out, room, G, H, K, E,
+    def rotary_cache_kernel(q, k, v, cos, sin, keys, values, slots, out, S, G, H, K, E,
                             BLOCK: tl.constexpr):
-        row, head, at = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK)
+        """One head of one row a program: the first H heads are of q, the other K of k and v."""
+        row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        e, angle = tl.arange(0, BLOCK), row * E
         if head < H:
-            q_at = (row * H + head) * E
-            tl.store(out + q_at + at, rotated(q + q_at, cos, sin, row, E, BLOCK), at < E)
+            at = (row * H + head) * E
+            tl.store(out + at + e, rotated(q + at, cos + angle, sin + angle, E, BLOCK), e < E)
         else:
-            k_at = (row * K + head - H) * E
-            slot = ((row // G * room + tl.load(slots + row)) * K + head - H) * E + at
-            tl.store(keys + slot, rotated(k + k_at, cos, sin, row, E, BLOCK), at < E)
-            tl.store(values + slot, load(v + k_at + at, at < E), at < E)
+            at = (row * K + head - H) * E
+            k_turned = rotated(k + at, cos + angle, sin + angle, E, BLOCK)
+            slot = row // G * S + tl.load(slots + row)               # among those of all groups
+            stored = (slot * K + head - H) * E + e
+            tl.store(keys + stored, k_turned, e < E)
+            tl.store(values + stored, load_fp32(v + at + e, e < E), e < E)
 
     @triton.jit
-    def swiglu_kernel(gate, up, out, size):
-        at = tl.program_id(0).to(tl.int64) * 1024 + tl.arange(0, 1024)
-        g = load(gate + at, at < size)
+    def swiglu_kernel(gate, up, out, size, BLOCK: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < size
+        g = load_fp32(gate + at, inside)
         g = (g * tl.sigmoid(g)).to(out.dtype.element_ty)
-        tl.store(out + at, g * load(up + at, at < size), at < size)
+        tl.store(out + at, g * load_fp32(up + at, inside), inside)
 
     @triton.jit
-    def decode_attention_kernel(q, keys, values, bias, ends, parts, sums, room, scale, share, rows,
-                                G, K, PER, E, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    def decode_attention_kernel(q, keys, values, bias, ends, parts, sums, scale, share, R, S, G, H,
+                                K, E, QUERIES: tl.constexpr, WIDTH: tl.constexpr,
                                 SLOTS: tl.constexpr, PRECISION: tl.constexpr):
-        """ROWS queries of a group against `share` slots of the cache that they share."""
-        b, k_head = tl.program_id(0).to(tl.int64) // K, tl.program_id(0) % K
-        query, e = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)[None]
-        member, split, at = query // PER, tl.program_id(2), tl.arange(0, SLOTS)
-        head = ((b * G + member) * K + k_head) * PER + query % PER         # among all R * H
-        there = (member < G)[:, None] & (e < E)
-        asked = load(q + head[:, None] * E + e, there)
-        best, total = tl.full((ROWS, 1), -1e30, tl.float32), tl.full((ROWS, 1), 1e-30, tl.float32)
-        mixed, end = tl.zeros((ROWS, WIDTH), tl.float32), tl.load(ends + b)
+        """A block of a group's queries of one kv-head against `share` slots of the group's cache.
+        parts (splits, R * H, E): what they find there; sums: the log-sum-exp of their scores."""
+        group, k_head = tl.program_id(0).to(tl.int64) // K, tl.program_id(0) % K
+        query = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)[:, None]
+        split, e = tl.program_id(2), tl.arange(0, WIDTH)[None]
+        heads = H // K                                               # that share a kv-head
+        row = group * G + query // heads
+        head = row * H + k_head * heads + query % heads              # among all R * H
+        asking = query < G * heads
+        asked = load_fp32(q + head * E + e, asking & (e < E))
+        # Online softmax: best, total, mixed are the running max, sum and weighted values.
+        best = tl.full((QUERIES, 1), MASKED, tl.float32)
+        total = tl.full((QUERIES, 1), 1e-30, tl.float32)             # of a split with no slot
+        mixed = tl.zeros((QUERIES, WIDTH), tl.float32)
+        end = tl.load(ends + group)
         for start in range(split * share, tl.minimum(end, (split + 1) * share), SLOTS):
-            slot = start + at
-            cache = ((b * room + slot[:, None]) * K + k_head) * E + e
+            slot = start + tl.arange(0, SLOTS)
+            stored = ((group * S + slot[:, None]) * K + k_head) * E + e
             inside = (slot[:, None] < end) & (e < E)
-            key, value = load(keys + cache, inside), load(values + cache, inside)
-            added = tl.load(bias + (b * G + member[:, None]) * room + slot[None],
-                            (member < G)[:, None] & (slot < end)[None], -1e30).to(tl.float32)
+            key, value = load_fp32(keys + stored, inside), load_fp32(values + stored, inside)
+            added = tl.load(bias + row * S + slot[None], asking & (slot[None] < end), MASKED)
             score = tl.dot(asked, tl.trans(key), input_precision=PRECISION) * scale + added
             higher = tl.maximum(best, tl.max(score, 1, keep_dims=True))
-            part, shrink = tl.exp(score - higher), tl.exp(best - higher)
-            mixed = mixed * shrink + tl.dot(part, value, input_precision=PRECISION)
-            total = total * shrink + tl.sum(part, 1, keep_dims=True)
+            weight, shrink = tl.exp(score - higher), tl.exp(best - higher)
+            mixed = mixed * shrink + tl.dot(weight, value, input_precision=PRECISION)
+            total = total * shrink + tl.sum(weight, 1, keep_dims=True)
             best = higher
-        head += split * rows
-        tl.store(parts + head[:, None] * E + e, mixed / total, there)
-        tl.store(sums + head[:, None], best + tl.log(total), member[:, None] < G)
+        head += split * R * H
+        tl.store(parts + head * E + e, mixed / total, asking & (e < E))
+        tl.store(sums + head, best + tl.log(total), asking)
 
     @triton.jit
-    def merge_kernel(parts, sums, out, rows, splits, E, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
-        """One head's parts, each weighted by the sum of its exponentials."""
+    def merge_kernel(parts, sums, out, heads, splits, E, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
+        """One head a program: its parts, each weighted by the sum of its exponentials."""
         head, e = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)[None]
         split = tl.arange(0, SPLITS)[:, None]
-        weight = tl.load(sums + split * rows + head, split < splits, -1e30)
+        at = split * heads + head
+        weight = tl.load(sums + at, split < splits, MASKED)
         weight = tl.exp(weight - tl.max(weight, 0, keep_dims=True))
-        part = load(parts + (split * rows + head) * E + e, (split < splits) & (e < E))
+        part = load_fp32(parts + at * E + e, (split < splits) & (e < E))
         mixed = tl.sum(weight * part, 0, keep_dims=True) / tl.sum(weight, 0, keep_dims=True)
         tl.store(out + head * E + e, mixed, e < E)
 
     @triton.jit
-    def sample_kernel(hidden, weight, banned, scale, noise, keys, best, found, sums, rows, width,
-                      vocabulary, share, ROWS: tl.constexpr, PRECISION: tl.constexpr):
-        """ROWS rows over `share` words: head, ban, noise, arg-max; logits never leave the chip."""
-        row, at = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, 64)
-        split, inside = tl.program_id(1), row < rows
-        key, factor, loud = tl.load(keys + row, inside, 0), tl.load(scale), tl.load(noise)
-        peak, top = tl.full((ROWS,), -float("inf"), tl.float32), tl.full((ROWS,), -1e30, tl.float32)
-        token, total = tl.zeros((ROWS,), tl.int64), tl.zeros((ROWS,), tl.float32)
-        for start in range(split * share, tl.minimum((split + 1) * share, vocabulary), 64):
-            word, logit = start + at, tl.zeros((ROWS, 64), tl.float32)
-            for chunk in range(0, width, 64):
-                e = chunk + at
-                h = tl.load(hidden + row[:, None].to(tl.int64) * width + e[None],
-                            inside[:, None] & (e < width)[None], 0.0)
-                w = tl.load(weight + word[None].to(tl.int64) * width + e[:, None],
-                            (word < vocabulary)[None] & (e < width)[:, None], 0.0)
+    def sample_kernel(hidden, weight, banned, inverse_temperature, noisy, keys, best, found, sums,
+                      R, D, V, share, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                      PRECISION: tl.constexpr):
+        """A block of rows over `share` words: head, ban, noise, arg-max; logits never leave the
+        chip. best, found, sums (splits, R): the winner's noisy logit, its id, the log-sum-exp."""
+        row, split = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+        inside = row < R
+        key = tl.load(keys + row, inside, 0)
+        scale, loudness = tl.load(inverse_temperature), tl.load(noisy)
+        # The winner so far; the running max and sum of a softmax without noise.
+        token = tl.zeros((ROWS,), tl.int64)
+        peak = tl.full((ROWS,), -float("inf"), tl.float32)
+        top = tl.full((ROWS,), MASKED, tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        for start in range(split * share, tl.minimum((split + 1) * share, V), BLOCK):
+            word = start + tl.arange(0, BLOCK)
+            logit = tl.zeros((ROWS, BLOCK), tl.float32)
+            for column in range(0, D, BLOCK):
+                d = column + tl.arange(0, BLOCK)
+                h = tl.load(hidden + row[:, None].to(tl.int64) * D + d[None],
+                            inside[:, None] & (d[None] < D), 0.0)
+                w = tl.load(weight + word[None].to(tl.int64) * D + d[:, None],
+                            (word[None] < V) & (d[:, None] < D), 0.0)
                 logit = tl.dot(h, w, logit, input_precision=PRECISION)
-            free = tl.load(banned + word, word < vocabulary, 1) == 0
-            logit = tl.where(free[None], logit * factor, -1e30)
+            free = tl.load(banned + word, word < V, 1) == 0
+            logit = tl.where(free[None], logit * scale, MASKED)
             higher = tl.maximum(top, tl.max(logit, 1))
             total = total * tl.exp(top - higher) + tl.sum(tl.exp(logit - higher[:, None]), 1)
+            top = higher
             bits = mix_kernel(key[:, None] ^ mix_kernel(word)[None]) >> 9 & 0x7FFFFF
-            logit -= loud * tl.log(-tl.log((bits.to(tl.float32) + 0.5) * 2 ** -23))
-            token = tl.where(tl.max(logit, 1) > peak, start + tl.argmax(logit, 1), token)
-            peak, top = tl.maximum(peak, tl.max(logit, 1)), higher
-        out = split * rows + row
-        tl.store(best + out, peak, inside)
-        tl.store(found + out, token, inside)
-        tl.store(sums + out, top + tl.log(total), inside)
-
-
-def rms_norm_triton(x, delta, weight, eps):
-    x, width, block = x.contiguous(), x.shape[-1], triton.next_power_of_2(x.shape[-1])
-    delta = torch.zeros_like(x) if delta is None else delta.contiguous()
-    total, normed = torch.empty_like(x), torch.empty_like(x)
-    rms_norm_kernel[(x.numel() // width,)](x, delta, weight, total, normed, width, eps, block)
-    return total, normed
-
-
-@on_cuda(rms_norm_triton)
-def rms_norm(x, delta, weight, eps):
-    """x + delta, and its RMSNorm (fp32 inside). x, delta (..., D); delta None counts as zero."""
-    x = x if delta is None else x + delta
-    wide = widened(x)
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return x, weight * wide.type_as(x)
+            uniform = (bits.to(tl.float32) + 0.5) * 2 ** -23         # as in `gumbel`
+            logit -= loudness * tl.log(-tl.log(uniform))
+            highest = tl.max(logit, 1)
+            token = tl.where(highest > peak, start + tl.argmax(logit, 1), token)
+            peak = tl.maximum(peak, highest)
+        at = split * R + row
+        tl.store(best + at, peak, inside)
+        tl.store(found + at, token, inside)
+        tl.store(sums + at, top + tl.log(total), inside)
 
 
 def rotary(x, cos, sin):
@@ -196,10 +198,11 @@ def rotary(x, cos, sin):
 
 def rotary_cache_triton(q, k, v, cos, sin, keys, values, slots):
     q, k, v, cos, sin = (x.contiguous() for x in (q, k, v, cos, sin))
-    (rows, H, E), K, out = q.shape, k.shape[1], torch.empty_like(q)
-    room = keys.stride(0) // keys.stride(1)          # of a window: that of its whole cache
-    rotary_cache_kernel[(rows, H + K)](q, k, v, cos, sin, keys, values, slots, out, room,
-                                       rows // len(keys), H, K, E, triton.next_power_of_2(E))
+    (R, H, E), K, out = q.shape, k.shape[1], torch.empty_like(q)
+    rotary_cache_kernel[(R, H + K)](
+        q, k, v, cos, sin, keys, values, slots, out,
+        S=keys.stride(0) // keys.stride(1),          # keys may be the first slots of a longer cache
+        G=R // len(keys), H=H, K=K, E=E, BLOCK=triton.next_power_of_2(E))
     return out
 
 
@@ -207,23 +210,34 @@ def rotary_cache_triton(q, k, v, cos, sin, keys, values, slots):
 def rotary_cache(q, k, v, cos, sin, keys, values, slots):
     """Rotates q and k, and writes k and v of row r to its slot in the cache of its group, r // G.
     q (R, H, E); k, v (R, K, E); cos, sin (R, E); keys, values (R / G, S, K, E); slots (R,)."""
-    group = torch.arange(len(q), device=q.device) // (len(q) // len(keys))
+    G = len(q) // len(keys)
+    group = torch.arange(len(q), device=q.device) // G                         # (R,)
     q, k = rotary(torch.cat([q, k], 1), cos, sin).split([q.shape[1], k.shape[1]], 1)
-    keys[group, slots], values[group, slots] = k, v
+    keys[group, slots] = k
+    values[group, slots] = v
     return q
 
 
 def decode_attention_triton(q, keys, values, bias, ends):
-    (rows, H, E), (B, room, K, _), G, out = q.shape, keys.shape, bias.shape[1], torch.empty_like(q)
-    splits, queries, wide = min(8, triton.cdiv(room, 256)), G * H // K, q.dtype == torch.float32
-    size, width = (max(16, triton.next_power_of_2(n))
-                   for n in (min(queries, 16 if wide else 32), E))
-    parts, sums = (torch.empty(splits, rows * H, n, device=q.device) for n in (E, 1))
-    decode_attention_kernel[(B * K, triton.cdiv(queries, size), splits)](
-        q, keys, values, bias, ends, parts, sums, keys.stride(0) // keys.stride(1), E ** -0.5,
-        triton.cdiv(room, 64 * splits) * 64, rows * H, G, K, H // K, E, size, width,
-        min(64, 4096 // width), "ieee" if wide else "tf32", num_warps=8)    # bf16 is exact in tf32
-    merge_kernel[(rows * H,)](parts, sums, out, rows * H, splits, E, 8, width)
+    (R, H, E), (B, S, K, _), G = q.shape, keys.shape, bias.shape[1]
+    fp32 = q.dtype == torch.float32
+    queries = G * H // K                             # of a group, for one kv-head
+    # tl.dot takes 16 rows or more; the tiles of more queries would not stay in registers.
+    block = max(16, min(16 if fp32 else 32, triton.next_power_of_2(queries)))
+    width = max(16, triton.next_power_of_2(E))
+    splits = min(8, triton.cdiv(S, 256))             # few groups alone leave most of a GPU idle
+    share = 64 * triton.cdiv(S, 64 * splits)         # whole blocks of slots
+    parts = torch.empty(splits, R * H, E, device=q.device)
+    sums = torch.empty(splits, R * H, device=q.device)
+    # tf32 holds bf16 inputs exactly; the attention weights it rounds to 11 bits, bf16 has 8.
+    decode_attention_kernel[(B * K, triton.cdiv(queries, block), splits)](
+        q, keys, values, bias, ends, parts, sums, scale=E ** -0.5, share=share, R=R,
+        S=keys.stride(0) // keys.stride(1),          # keys may be the first slots of a longer cache
+        G=G, H=H, K=K, E=E, QUERIES=block, WIDTH=width,
+        SLOTS=min(64, 4096 // width),                # 16 KiB of keys, as many of values, in fp32
+        PRECISION="ieee" if fp32 else "tf32", num_warps=8)
+    out = torch.empty_like(q)
+    merge_kernel[(R * H,)](parts, sums, out, heads=R * H, splits=splits, E=E, SPLITS=8, WIDTH=width)
     return out
 
 
@@ -232,16 +246,18 @@ def decode_attention(q, keys, values, bias, ends):
     """A group's rollouts, one query each, against its cache. q (B * G, H, E); keys, values
     (B, S, K, E); bias (B, G, S): NEGATIVE where one may not look, and all from ends (B,) on."""
     G, K = bias.shape[1], keys.shape[2]             # a group's heads are rows of queries
-    q = q.unflatten(0, (-1, G)).unflatten(2, (K, -1)).transpose(1, 2)       # (B, K, G, H / K, E)
-    mask = bias.repeat_interleave(q.shape[3], 1)[:, None]
+    q = q.unflatten(0, (-1, G)).unflatten(2, (K, -1)).transpose(1, 2)          # (B, K, G, H / K, E)
+    mask = bias.repeat_interleave(q.shape[3], 1)[:, None]              # (B, 1, G * H / K, S)
     out = F.scaled_dot_product_attention(q.flatten(2, 3), keys.transpose(1, 2),
                                          values.transpose(1, 2), mask)
-    return out.view(q.shape).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    return out.view(q.shape).transpose(1, 2).flatten(2, 3).flatten(0, 1)       # (B * G, H, E)
 
 
 def swiglu_triton(gate, up):
-    gate, up, out = gate.contiguous(), up.contiguous(), torch.empty_like(gate)
-    swiglu_kernel[(triton.cdiv(gate.numel(), 1024),)](gate, up, out, gate.numel())
+    gate, up = gate.contiguous(), up.contiguous()
+    out, size = torch.empty_like(gate), gate.numel()
+    grid = (triton.cdiv(size, 1024),)                # 8 numbers for each of 128 threads
+    swiglu_kernel[grid](gate, up, out, size=size, BLOCK=1024)
     return out
 
 
@@ -254,33 +270,42 @@ def swiglu(gate, up):
 def gumbel(keys, vocabulary):
     """Standard Gumbel noise (R, V) that depends on (key, token id) alone. keys (R,) int32."""
     words = mix(torch.arange(vocabulary, dtype=torch.int32, device=keys.device))
-    bits = mix(keys[:, None] ^ words) >> 9 & 0x7FFFFF
-    return bits.float().add_(0.5).mul_(2 ** -23).log_().neg_().log_().neg_()   # of neither 0 nor 1
+    bits = mix(keys[:, None] ^ words) >> 9 & 0x7FFFFF                          # (R, V) of 23 bits
+    uniform = bits.float().add_(0.5).mul_(2 ** -23)  # neither 0 nor 1: finite noise
+    return uniform.log_().neg_().log_().neg_()
 
 
-def sample_triton(hidden, weight, banned, scale, noise, keys):
-    (rows, width), wide = hidden.shape, hidden.dtype == torch.float32
-    size = max(16, triton.next_power_of_2(min(rows, 16 if wide else 64)))
-    best, found, sums = torch.zeros(3, triton.cdiv(len(weight), 1024), rows, device=hidden.device)
-    sample_kernel[(triton.cdiv(rows, size), len(best))](
-        hidden, weight, banned, scale, noise, keys, best, found, sums, rows, width, len(weight),
-        1024, size, "ieee" if wide else "tf32", num_warps=8)
-    token = found.gather(0, best.argmax(0, keepdim=True))[0].long()     # in fp32 exact to 2^24
-    logit = (hidden.float() * weight[token].float()).sum(1) * scale
-    return token, logit - sums.logsumexp(0)
+def sample_triton(hidden, weight, banned, inverse_temperature, noisy, keys):
+    (R, D), V = hidden.shape, len(weight)
+    fp32 = hidden.dtype == torch.float32
+    # tl.dot takes 16 rows or more; the tiles of more rows would not stay in registers.
+    block = max(16, min(16 if fp32 else 64, triton.next_power_of_2(R)))
+    share = 1024                                     # words a program: few rows still fill a GPU
+    splits = triton.cdiv(V, share)
+    best, sums = torch.empty(2, splits, R, device=hidden.device)
+    found = torch.zeros(splits, R, dtype=torch.long, device=hidden.device)
+    sample_kernel[(triton.cdiv(R, block), splits)](
+        hidden, weight, banned, inverse_temperature, noisy, keys, best, found, sums, R=R, D=D, V=V,
+        share=share, ROWS=block, BLOCK=64, PRECISION="ieee" if fp32 else "tf32", num_warps=8)
+    token = found.gather(0, best.argmax(0, keepdim=True))[0]                   # (R,)
+    logit = (hidden.float() * weight[token].float()).sum(1) * inverse_temperature
+    return token, (logit - sums.logsumexp(0)).clamp(max=0)   # two sums, rounded differently
 
 
 @on_cuda(sample_triton)
-def sample(hidden, weight, banned, scale, noise, keys):
-    """Draws from softmax(scale * h Wᵀ) without banned ids, by Gumbel arg-max in fp32. hidden
-    (R, D); weight (V, D); scale 1/T, noise 1, or 1, 0 for greedy; keys (R,) int32 -> tokens,
-    log-probs (R,)."""
-    logits = (hidden @ weight.T).float().mul_(scale).masked_fill_(banned, NEGATIVE)
-    tokens = gumbel(keys, len(weight)).mul_(noise).add_(logits).argmax(-1)
+def sample(hidden, weight, banned, inverse_temperature, noisy, keys):
+    """Draws from softmax(h Wᵀ / T) without banned ids, by Gumbel arg-max in fp32. hidden (R, D);
+    weight (V, D); inverse_temperature (1,); noisy (1,): 1, or 0 for greedy; keys (R,) int32
+    -> tokens, log-probs (R,)."""
+    logits = (hidden @ weight.T).float().mul_(inverse_temperature)             # (R, V)
+    logits = logits.masked_fill_(banned, NEGATIVE)
+    tokens = gumbel(keys, len(weight)).mul_(noisy).add_(logits).argmax(-1)     # (R,)
     return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
-CHUNK, LEAST = 1 << 22, 256          # logits held at a time (16 MiB in fp32), but rows of at least
+# ------------------------------------------------------------------------------------- log-probs
+CHUNK = 1 << 22                      # logits held at a time: 16 MiB in fp32,
+LEAST = 256                          # but rows of at least: products of fewer are slow
 
 
 def chunk_logits(hidden, weight, banned, scale):
@@ -288,8 +313,10 @@ def chunk_logits(hidden, weight, banned, scale):
     rows = max(LEAST, CHUNK // len(weight))
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
-        logits = widened(hidden[part] @ weight.T).mul_(scale)
-        yield part, logits if banned is None else logits.masked_fill_(banned, NEGATIVE)
+        logits = widened(hidden[part] @ weight.T).mul_(scale)                  # (rows, V)
+        if banned is not None:
+            logits.masked_fill_(banned, NEGATIVE)
+        yield part, logits
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -298,9 +325,10 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, banned, scale):
         if torch.is_autocast_enabled(hidden.device.type):
-            kind = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(kind), weight.to(kind)
-        logprob, entropy = (widened(hidden.new_empty(len(hidden))) for _ in range(2))
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        logprob = widened(hidden.new_empty(len(hidden)))                       # (N,)
+        entropy = torch.empty_like(logprob)
         for part, logits in chunk_logits(hidden, weight, banned, scale):
             logp = logits.log_softmax(-1)
             logprob[part] = logp.gather(1, targets[part, None])[:, 0]
@@ -318,7 +346,7 @@ class TokenLogprobs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for part, logits in chunk_logits(hidden, weight, banned, ctx.scale):
                 factor = (grad[part] * ctx.scale)[:, None]
-                slope = logits.softmax(-1).mul_(-factor)
+                slope = logits.softmax(-1).mul_(-factor)                       # (rows, V)
                 slope.scatter_add_(1, targets[part, None], factor)
                 grad_hidden[part] = slope.to(weight.dtype) @ weight
                 if grad_weight is not None:
@@ -334,6 +362,12 @@ def token_logprobs(hidden, weight, targets, banned=None, temperature=1.0):
 
 
 # ------------------------------------------------------------------------------------- sampler
+CHECK_EVERY = 16         # steps of a GPU between looks at `done`: each look waits for it
+PROMPTS_AT_ONCE = 32     # prompts read together: more pictures, more activations of the ViT
+REFILL_AT = 0.25         # share of idle groups that is worth a pause to read new prompts
+CACHE_BYTES = 2 ** 32    # of the rows at work, at 1,000 tokens each
+
+
 @dataclass
 class Rollouts:
     """R = prompts * group answers; row r belongs to prompt r // group."""
@@ -347,15 +381,15 @@ class Rollouts:
         return length_mask(self.lengths, self.ids.shape[1])
 
     def rows(self):
-        return [row[:length].tolist() for row, length in zip(self.ids, self.lengths)]
+        """Ids without padding, as lists."""
+        return [row[:length] for row, length in zip(self.ids.tolist(), self.lengths.tolist())]
 
 
 class Sampler:
     """Prompts in, rollouts out: fixed buffers and one `step` over them, which CUDA captures.
 
-    A group lives in one place of the cache: its prompt, then token t of member g in slot
-    start + t * G + g; `bias` says who may look where. So a prompt is held once, and all heads of a
-    group are one matrix. Places whose group has ended take the next prompts (in-flight batching).
+    A prompt is held once, for all rollouts of its group (see `step`), and all heads of a group are
+    one matrix. A group whose rows have all ended takes the next prompt (in-flight batching).
 
     banned (V,): never sampled. With another `dtype` it samples from copied weights, which `refresh`
     updates in place. rows: rollouts at once, at most what 4 GiB hold at 1,000 tokens each. A row's
@@ -366,11 +400,13 @@ class Sampler:
             self.model = copy.deepcopy(model).requires_grad_(False)
             for weight in filter(torch.is_floating_point, self.model.parameters()):
                 weight.data = weight.data.to(dtype)      # not the buffers: rope needs fp32
-        head, c = self.model.lm_head.weight, model.config.text
+        c, head = model.config.text, self.model.lm_head.weight
+        self.device, self.on_gpu = head.device, head.is_cuda
+        self.banned, self.stop = banned.to(self.device), stop
+        self.capture = capture                           # only a GPU can
         token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * head.element_size()
-        self.rows, self.stop, self.device = min(rows, 2 ** 32 // (1000 * token)), stop, head.device
-        self.capture, self.banned = capture and self.device.type == "cuda", banned.to(self.device)
-        self.shape, self.graph = (0, 0, 0, 0), None      # places, group, new tokens, start
+        self.rows = min(rows, CACHE_BYTES // (1000 * token))
+        self.release()
 
     @torch.no_grad()
     def refresh(self):
@@ -378,102 +414,161 @@ class Sampler:
         for mine, theirs in zip(self.model.parameters(), self.source.parameters()):
             mine.copy_(theirs)
 
-    def reserve(self, places, group, new_tokens, width):
-        """Buffers for so many groups, kept where they fit. Nobody is in there yet."""
-        start = max(width, self.shape[3] * self.banned.is_cuda)       # on a GPU, no new capture
-        if places > self.shape[0] or (group, new_tokens, start) != self.shape[1:]:
-            self.graph, self.cache, self.shape = None, None, (0, 0, 0, 0)  # freed, then made anew
-            c, like, rows = self.model.config.text, self.model.lm_head.weight, places * group
-            room = start + (new_tokens + 1) * group
-            zeros = functools.partial(like.new_zeros, dtype=torch.long)
-            self.cache = like.new_zeros(c.num_hidden_layers, 2, places, room, c.num_key_value_heads,
-                                        c.head_dim)
-            self.bias, self.heat = like.new_zeros(places, group, room), zeros((2,)).float()
-            self.token, self.origin, self.clock, self.length = zeros((4, rows)).unbind()
-            self.stream, self.done = zeros((rows,)).int(), zeros((rows,)).bool()
-            self.ids = zeros((rows, new_tokens + 1))     # the last column: what follows the end
-            self.logprobs, self.shape = self.ids.float(), (places, group, new_tokens, start)
-        self.done.fill_(True)
-
-    def admit(self, prompts, places, seeds):
-        """Reads prompts; the rollouts of each start in its place, with its last token."""
-        prompts, width, G = prompts.to(self.device), prompts.ids.shape[1], self.shape[1]
-        last, member = prompts.lengths[:, None] - 1, torch.arange(G, device=self.device)
-        self.cache[:, :, places, :width] = torch.stack([*map(torch.stack, self.model(prompts)[1])])
-        self.bias[places] = NEGATIVE
-        self.bias[places, :, :width] *= ~length_mask(last[:, 0], width)[:, None]
-        seeds = mix(seeds.to(self.device).int())[:, None]
-        for name, value in dict(
-                token=prompts.ids.gather(1, last), clock=0, length=0, done=False, ids=0, logprobs=0,
-                origin=prompts.positions[..., 0].gather(1, last),
-                stream=mix(seeds ^ mix(member.int() + 0x5EED))).items():
-            buffer = getattr(self, name)
-            buffer.unflatten(0, (-1, G))[places] = torch.as_tensor(value).to(buffer)
-
-    def step(self, window):
-        """One token a row, within a window of slots. What follows a row's end is kept nowhere."""
-        (_, G, N, start), row = self.shape, torch.arange(len(self.clock), device=self.device)
-        slot = start + self.clock * G + row % G
-        self.bias.scatter_(2, slot.view(-1, G, 1), 0.0)
-        ends = slot[G - 1::G] + 1
-
-        def attend(layer, q, k, v, rope):
-            keys, values = self.cache[layer, :, :, :window]
-            q = rotary_cache(q, k, v, *rope, keys, values, slot)
-            return decode_attention(q, keys, values, self.bias[:, :, :window], ends)
-
-        text = self.model.decoder
-        hidden = text(text.embed_tokens(self.token), self.origin + self.clock, attend)
-        token, logprob = sample(hidden, self.model.lm_head.weight, self.banned,
-                                *self.heat.split(1), mix(self.stream ^ mix(self.clock.int())))
-        for kept, new in ((self.ids, token), (self.logprobs, logprob)):
-            kept.scatter_(1, self.clock[:, None], new.masked_fill(self.done, 0)[:, None])
-        self.token.copy_(torch.where(self.done, self.token, token))
-        self.length += ~self.done
-        self.done |= (token == self.stop) | (self.clock >= N - 1)
-        self.clock += self.clock < N
-
     def generate(self, prompts, group=1, new_tokens=48, temperature=1.0, seeds=None):
         """Batch of B prompts -> Rollouts of B * group rows. temperature 0 is greedy.
         seeds (B,): one per prompt; the same seed gives the same rollouts in any company."""
-        (B, width), taken = prompts.ids.shape, 0
+        B, T = prompts.ids.shape
         seeds = torch.arange(B) if seeds is None else seeds
-        owner = torch.full((min(B, max(1, self.rows // group)),), -1)    # the prompt in each place
+        owner = torch.full((min(B, max(1, self.rows // group)),), -1)
+        ids = torch.zeros(B, group, new_tokens, dtype=torch.long, device=self.device)
+        logprobs = torch.zeros(B, group, new_tokens, device=self.device)
         with torch.inference_mode():
-            self.reserve(len(owner), group, new_tokens, width)
-            self.heat.copy_(torch.tensor([1 / (temperature or 1), temperature > 0]))
-            buffers = {name: getattr(self, name).unflatten(0, (-1, group))
-                       for name in ("ids", "length", "logprobs", "token")}
-            kept = {name: x.new_zeros(B, *x.shape[1:]) for name, x in buffers.items()}
-            while True:
-                idle = self.done.view(-1, group).all(1).cpu()[:len(owner)]       # waits for a GPU
-                if idle.all() or taken < B and 4 * idle.sum() >= len(idle):
-                    ended = (idle & (owner >= 0)).nonzero()[:, 0]
-                    for name, whole in kept.items():
-                        whole[owner[ended]] = buffers[name][ended]
-                    free = idle.nonzero()[:B - taken, 0]
-                    if not len(free):
-                        break
-                    for some in free.split(32):          # pictures of so many at once
-                        owner[some] = torch.arange(taken, taken + len(some))
-                        self.admit(prompts.part(taken, taken + len(some)), some, seeds[owner[some]])
-                        taken += len(some)
-                for _ in range(16 if self.banned.is_cuda else 1):
-                    if self.graph:
-                        self.graph.replay()
-                        continue
-                    steps = new_tokens if self.banned.is_cuda else int(self.clock.max())
-                    window = self.shape[3] + (steps + 1) * group   # no further than slots in use
-                    self.step(window)
-                    if self.capture:                     # that step has compiled the kernels;
-                        graph = torch.cuda.CUDAGraph()   # capturing computes nothing
-                        with torch.cuda.graph(graph):
-                            self.step(window)
-                        self.graph = graph
-        ids, length, logprobs, token = (whole.flatten(0, 1).clone() for whole in kept.values())
-        return Rollouts(ids[:, :-1], length, logprobs[:, :-1], token == self.stop)
+            self.reserve(len(owner), group, new_tokens, T)
+            self.inverse_temperature.fill_(1 / (temperature or 1))
+            self.noisy.fill_(temperature > 0)
+            self.answer(prompts, seeds, owner, ids, logprobs)
+        ids, logprobs = ids.flatten(0, 1), logprobs.flatten(0, 1)              # (R, N)
+        stops = ids == self.stop
+        ended = stops.cumsum(1) - stops.long() > 0   # after the first end mark: dead rows went on
+        return Rollouts(ids.masked_fill(ended, 0), (~ended).sum(1), logprobs.masked_fill(ended, 0),
+                        stops.any(1))
 
+    def answer(self, prompts, seeds, owner, ids, logprobs):
+        """Fills ids, logprobs (B, G, N). owner (groups,): the prompt a group answers, or -1."""
+        taken = 0
+        while True:
+            idle = self.done.all(1).cpu()[:len(owner)]               # waits for a GPU
+            if self.worth_refilling(idle, waiting=len(ids) - taken):
+                self.collect(idle, owner, ids, logprobs)
+                taken = self.admit_next(owner, prompts, seeds, taken)
+                if (owner < 0).all():
+                    return
+            self.advance()
 
-if __name__ == "__main__":
-    from tests.speed import main     # it also drives transformers and TRL, which only tests need
-    main()
+    def worth_refilling(self, idle, waiting):
+        """Reading prompts keeps those at work waiting, so it is done for many at a time."""
+        return idle.all() or (waiting > 0 and idle.sum() >= REFILL_AT * len(idle))
+
+    def collect(self, idle, owner, ids, logprobs):
+        """Copies what idle groups have answered, and frees them."""
+        ended = (idle & (owner >= 0)).nonzero()[:, 0]
+        ids[owner[ended]] = self.ids[ended, :, :-1]
+        logprobs[owner[ended]] = self.logprobs[ended, :, :-1]
+        owner[ended] = -1
+
+    def admit_next(self, owner, prompts, seeds, taken):
+        """Hands prompts, from number `taken` on, to free groups -> the number of the next one."""
+        free = (owner < 0).nonzero()[:len(prompts.ids) - taken, 0]
+        for start in range(0, len(free), PROMPTS_AT_ONCE):
+            groups = free[start:start + PROMPTS_AT_ONCE]
+            after = taken + len(groups)
+            self.admit(prompts.part(taken, after), groups, seeds[taken:after])
+            owner[groups] = torch.arange(taken, after)
+            taken = after
+        return taken
+
+    def reserve(self, groups, group, new_tokens, width):
+        """Buffers for so many groups, kept where they fit. Nobody is in there yet."""
+        start = width
+        if self.on_gpu:
+            start = max(width, self.shape[3])        # longer than needed, but no new capture
+        if groups > self.shape[0] or (group, new_tokens, start) != self.shape[1:]:
+            self.release()                           # before there are new ones
+            self.allocate(groups, group, new_tokens, start)
+        self.done.fill_(True)
+
+    def release(self):
+        """No graph, no cache, no room."""
+        self.graph = self.cache = None
+        self.shape = (0, 0, 0, 0)                    # groups, group, new tokens, start of answers
+
+    def allocate(self, groups, G, N, start):
+        c, head = self.model.config.text, self.model.lm_head.weight
+        zeros = functools.partial(torch.zeros, device=self.device)
+        integers = functools.partial(zeros, dtype=torch.long)
+        S = start + (N + 1) * G                      # the last G: of rows that go on after N
+        self.cache = head.new_zeros(c.num_hidden_layers, 2, groups, S, c.num_key_value_heads,
+                                    c.head_dim)
+        self.bias = head.new_zeros(groups, G, S)     # NEGATIVE where a row may not look
+        self.inverse_temperature, self.noisy = zeros(2, 1)           # noisy: 1, or 0 for greedy
+        self.last_position = integers(groups, 1)     # of the prompt's last token
+        self.generated = integers(groups, 1)         # tokens so far; dead rows count on
+        self.noise_key = zeros(groups, G, dtype=torch.int32)
+        self.token = integers(groups, G)             # the input of the next step
+        self.done = zeros(groups, G, dtype=torch.bool)
+        self.ids = integers(groups, G, N + 1)        # the last column: of rows that go on after N
+        self.logprobs = zeros(groups, G, N + 1)
+        self.shape = (groups, G, N, start)
+
+    def admit(self, prompts, groups, seeds):
+        """Reads prompts; the rollouts of each start in its group, with its last token."""
+        prompts = prompts.to(self.device)
+        T = prompts.ids.shape[1]
+        last = prompts.lengths[:, None] - 1                          # (B, 1)
+        _, cache = self.model(prompts)
+        for layer, (keys, values) in enumerate(cache):               # (B, T, K, E)
+            self.cache[layer, 0, groups, :T] = keys
+            self.cache[layer, 1, groups, :T] = values
+        visible = torch.where(length_mask(last[:, 0], T), 0.0, NEGATIVE)   # (B, T)
+        self.bias[groups] = NEGATIVE
+        self.bias[groups, :, :T] = visible[:, None].to(self.bias.dtype)
+        self.last_position[groups] = prompts.positions[..., 0].gather(1, last)
+        self.generated[groups] = 0
+        member = torch.arange(self.done.shape[1], dtype=torch.int32, device=self.device)
+        seeds = mix(seeds.to(self.device).int())[:, None]
+        self.noise_key[groups] = mix(seeds ^ mix(member + 0x5EED))   # (B, G)
+        self.token[groups] = prompts.ids.gather(1, last)
+        self.done[groups] = False
+
+    def advance(self):
+        """One step; on a GPU some steps, by a graph, which the first of them captures."""
+        _, G, N, start = self.shape
+        for _ in range(CHECK_EVERY if self.on_gpu else 1):
+            if self.graph:
+                self.graph.replay()
+                continue
+            steps = N if self.on_gpu else int(self.generated.max())
+            self.step(start + (steps + 1) * G)       # also compiles the kernels, for the capture
+            if self.on_gpu and self.capture:
+                self.capture_step()
+
+    def capture_step(self):
+        """Later steps replay it; capturing itself computes nothing."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step(self.bias.shape[2])
+        self.graph = graph
+
+    def step(self, slots):
+        """One more token a row. The cache of a group of three, whose tokens are t0, t1, ...:
+
+            slot:  0                start
+                   [prompt ... |    | t0g0 t0g1 t0g2 | t1g0 t1g1 t1g2 | ... ]
+
+        t0 is the prompt's last token, for every member g. Row g sees, by `bias`, the prompt without
+        that token, and its own t0, t1, ... The first `slots` slots are in use.
+
+        All rows of a group have generated equally many tokens: dead ones go on until all have
+        ended, so one number says how far a group is, and its slots in use end in one place."""
+        _, G, N, start = self.shape
+        slot = start + self.generated * G + torch.arange(G, device=self.device)    # (groups, G)
+        self.bias.scatter_(2, slot[..., None], 0.0)
+        ends = slot[:, -1] + 1                                                     # (groups,)
+
+        def attend(layer, q, k, v, rope):
+            keys, values = self.cache[layer, :, :, :slots]
+            q = rotary_cache(q, k, v, *rope, keys, values, slot.flatten())
+            return decode_attention(q, keys, values, self.bias[:, :, :slots], ends)
+
+        decoder = self.model.decoder
+        positions = (self.last_position + self.generated).expand_as(slot)
+        hidden = decoder(decoder.embed_tokens(self.token.flatten()), positions.flatten(), attend)
+        keys = mix(self.noise_key ^ mix(self.generated.int()))
+        token, logprob = sample(hidden, self.model.lm_head.weight, self.banned,
+                                self.inverse_temperature, self.noisy, keys.flatten())
+        self.token.copy_(token.view_as(slot))
+        column = self.generated.expand_as(slot)[..., None]                         # (groups, G, 1)
+        self.ids.scatter_(2, column, self.token[..., None])
+        self.logprobs.scatter_(2, column, logprob.view_as(column))
+        self.done |= (self.token == self.stop) | (self.generated >= N - 1)
+        self.generated.add_(1).clamp_(max=N)

@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import data
-from kernels import NEGATIVE, length_mask, rms_norm, rotary, swiglu, token_logprobs
+from kernels import NEGATIVE, length_mask, rotary, swiglu, token_logprobs
 
 # Fresh layers are the identity, tokens as large as pieces of picture: what attends knows itself.
 SPREAD = dict(embed_tokens=0.6, lm_head=0.02, position_embedding=0.02, o_proj=0.0, down_proj=0.0,
@@ -263,12 +263,6 @@ class QwenVision(nn.Module):
 
 
 # ------------------------------------------------------------------------------------- decoder
-class RMSNorm(nn.RMSNorm):
-    def forward(self, x, delta=None):
-        """-> (x + delta, its norm)."""
-        return rms_norm(x, delta, self.weight, self.eps)
-
-
 class Layer(nn.Module):
     def __init__(self, c, index):
         super().__init__()
@@ -279,18 +273,16 @@ class Layer(nn.Module):
             q_proj=nn.Linear(D, wide, bias), k_proj=nn.Linear(D, narrow, bias),
             v_proj=nn.Linear(D, narrow, bias), o_proj=nn.Linear(wide, D, bias=False)))
         self.mlp = SwiGLU(D, c.intermediate_size)
-        self.input_layernorm = RMSNorm(D, c.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(D, c.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(D, c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(D, c.rms_norm_eps)
 
-    def forward(self, x, delta, rope, attend):
-        """x (M, D), the residual stream; delta, what the layer before adds to it."""
-        attn = self.self_attn
-        x, h = self.input_layernorm(x, delta)
+    def forward(self, x, rope, attend):
+        """x (M, D), the residual stream."""
+        attn, h = self.self_attn, self.input_layernorm(x)
         q, k, v = (proj(h).unflatten(-1, (-1, self.head_width))                # (M, H or K, E)
                    for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
-        mixed = attend(self.index, q, k, v, rope)                              # (M, H, E)
-        x, h = self.post_attention_layernorm(x, attn.o_proj(mixed.flatten(1)))
-        return x, self.mlp(h)
+        x = x + attn.o_proj(attend(self.index, q, k, v, rope).flatten(1))
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
@@ -298,17 +290,17 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c, index) for index in range(c.num_hidden_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         sections = getattr(c, "mrope_section", [c.head_dim // 2])
         axis = [axis for axis, count in enumerate(sections) for _ in range(count)]
         self.rope = Rope(c.rope_theta, c.head_dim, axis)
 
     def forward(self, x, positions, attend):
         """x (M, D) embedded -> (M, D). attend(layer, q, k, v, rope) -> (M, H, E)."""
-        rope, delta = self.rope(positions), None
+        rope = self.rope(positions)
         for layer in self.layers:
-            x, delta = layer(x, delta, rope, attend)
-        return self.norm(x, delta)[1]
+            x = layer(x, rope, attend)
+        return self.norm(x)
 
 
 class VLM(nn.Module):

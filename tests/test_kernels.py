@@ -42,18 +42,16 @@ def ways(function):
     return [function.reference] + ([function.triton] if kernels.triton else [])
 
 
-@pytest.mark.parametrize("D", [1, 48, 72, 576])
-@pytest.mark.parametrize("x, delta", [(0, None), (0, 0), (0, 1), (1, None), (1, 1)])
-def test_rms_norm(D, x, delta):
-    """A mean over the padded block is wrong only at widths that are no power of two."""
-    x, weight = random(5, D, dtype=FLOATS[x]), random(D, dtype=FLOATS[x], seed=1)
-    delta = None if delta is None else random(5, D, dtype=FLOATS[delta], seed=2)
-    total = x.double() if delta is None else x.double() + delta.double()
-    normed = weight.double() * total / (total.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    for way in ways(kernels.rms_norm):
-        for got, expected in zip(way(x, delta, weight, 1e-5), (total, normed)):
-            assert got.dtype == x.dtype
-            close(got, expected, x.dtype)
+@torch.no_grad()
+def test_a_gpu_without_triton_runs_the_references(monkeypatch):
+    """The wheels of torch for Windows bring CUDA without triton: every norm crashed."""
+    asked = SimpleNamespace(is_cuda=True)
+    chosen = kernels.on_cuda(lambda x: "kernel")(lambda x: "reference")
+    for triton, expected in ((None, "reference"), (torch, "kernel")):
+        monkeypatch.setattr(kernels, "triton", triton)
+        assert chosen(asked) == expected
+    with torch.enable_grad():
+        assert chosen(asked) == "reference"
 
 
 @pytest.mark.parametrize("size", [1, 1500])
@@ -79,7 +77,7 @@ def cache_inputs(H, K, E, dtype, G=2):
 @each_shape
 @each_float
 def test_rotary_cache(H, K, E, dtype):
-    """Trap 13: every row writes to its own slot of its group and nowhere else."""
+    """Every row writes to its own slot of its group and nowhere else."""
     q, k, v, keys, values, slots = cache_inputs(H, K, E, dtype)
     angles = random(10, E // 2, seed=6).double()
     rope = [torch.cat([part, part], -1).float() for part in (angles.cos(), angles.sin())]
@@ -112,7 +110,7 @@ def test_decode_attention(H, K, E, dtype, G):
     seen = torch.rand(5, G, ROOM, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.3
     seen[:, :, 0], seen[1, 0, :640], seen[4, -1, 1:] = True, False, False
     seen[1, 0, 645] = True
-    seen &= kernels.up_to(ends, ROOM)[:, None]
+    seen &= kernels.length_mask(ends, ROOM)[:, None]
     expected = torch.zeros(q.shape, dtype=torch.float64, device=DEVICE)
     for row, (slots, head) in enumerate((slots, head) for slots in seen.flatten(0, 1)
                                         for head in range(H)):
@@ -156,6 +154,17 @@ def test_sample(R, D, V, free, temperature, dtype):
         assert alone.tolist() == got[-1:].tolist(), "noise depends on the rest of the batch"
 
 
+@each_float
+def test_no_log_prob_is_above_zero(dtype):
+    """The kernel's logit of a token and its sum of exponentials round differently: of an almost
+    certain token the log-prob was up to 8e-6, its probability above 1."""
+    hidden = 3 * random(32, 64, dtype=dtype)
+    keys, banned = torch.arange(32, dtype=torch.int32, device=DEVICE), torch.zeros(32) > 0
+    for way in ways(kernels.sample):
+        _, logprobs = way(hidden, hidden, banned.to(DEVICE), *switches(1), keys)
+        assert (logprobs <= 0).all() and logprobs.max() > -1e-4
+
+
 def unmixed(x):
     """numpy's inverse of the hash lowbias32, as int32: the key that gives word 0 the bits x."""
     x = (x ^ x >> 16) * pow(0x846CA68B, -1, 2 ** 32) & 0xFFFFFFFF
@@ -189,7 +198,7 @@ def fits(counts, expected):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @torch.no_grad()
 def test_samples_follow_the_softmax(first, temperature):
-    """Trap 1: tokens follow the softmax at T without banned ids, even for keys in a row."""
+    """Tokens follow the softmax at T without banned ids, even for keys in a row."""
     keys = torch.arange(DRAWS, dtype=torch.int32, device=DEVICE) + first
     logits, banned = random(12), torch.zeros(12, dtype=torch.bool, device=DEVICE)
     logits[3], banned[[3, 8]] = 9.0, True
@@ -203,13 +212,15 @@ def test_samples_follow_the_softmax(first, temperature):
     assert (torch.corrcoef(torch.cat([words[1:], words[:-1]], 1).T).triu(1).abs() < 0.03).all()
 
 
-def compile_for_gpus(kernel, *args, **options):
+def compile_for_gpus(kernel, *args, **named):
     """In place of kernel[grid]: for exactly the types and constants that its launcher passes."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import mangle_type
-    fixed = {p.name: value for p, value in zip(kernel.params, args) if p.is_constexpr}
-    types = {p.name: "constexpr" if p.is_constexpr else mangle_type(value)
-             for p, value in zip(kernel.params, args)}
+    names = [p.name for p in kernel.params]
+    options = {name: value for name, value in named.items() if name not in names}
+    values = dict(zip(names, args)) | {name: named[name] for name in names if name in named}
+    fixed = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+    types = {name: "constexpr" if name in fixed else mangle_type(values[name]) for name in names}
     source = kernels.triton.compiler.ASTSource(kernel, types, fixed)
     for target in (80, 89, 90):
         made = kernels.triton.compile(source, GPUTarget("cuda", target, 32), options)
@@ -220,7 +231,7 @@ def compile_for_gpus(kernel, *args, **options):
         print(kernel.__name__, target)
 
 
-LAUNCHED = ["rms_norm_kernel", "swiglu_kernel", "rotary_cache_kernel", "decode_attention_kernel",
+LAUNCHED = ["swiglu_kernel", "rotary_cache_kernel", "decode_attention_kernel",
             "merge_kernel", "sample_kernel"]
 
 
@@ -235,7 +246,6 @@ def compile_all():
             x, rope, banned = random(40, D, dtype=dtype), random(40, E), torch.zeros(2000).bool()
             bias, ends = torch.zeros(5, 8, ROOM, dtype=dtype), torch.full((5,), ROOM)
             head = random(2000, D, dtype=dtype)
-            kernels.rms_norm.triton(x, x, x[0], 1e-5)
             kernels.swiglu.triton(x, x)
             kernels.rotary_cache.triton(q, k, v, rope, rope, keys, values, slots)
             kernels.decode_attention.triton(q, keys, values, bias, ends)
@@ -315,7 +325,7 @@ def test_token_logprobs(monkeypatch, chunk, ban, temperature):
 
 
 def test_chunks(monkeypatch):
-    """Trap 11: a head gradient summed in bf16 loses small parts; (N, V) logits are gigabytes."""
+    """A head gradient summed in bf16 loses small parts; (N, V) logits are gigabytes."""
     monkeypatch.setattr(kernels, "CHUNK", 0)
     monkeypatch.setattr(kernels, "LEAST", 8)
     hidden, weight, targets, _ = scorer_inputs(4096, 16, 32, torch.bfloat16)
@@ -389,7 +399,8 @@ def sampler_of(vlm, **options):
     (None, 1.0, 1e-4, 1e-4), (None, 0.7, 1e-4, 1e-4), (torch.bfloat16, 1.0, 0.1, 0.02)])
 @torch.no_grad()
 def test_sampled_is_what_is_trained(vlm, dtype, temperature, most, mean):
-    """Traps 1 and 3: T or banned ids on one side only. A bf16 copy once rounded rope with it."""
+    """T or banned ids on one side only make the trainer's log-probs those of another
+    distribution than was sampled from. A bf16 copy once rounded rope with it."""
     sampler, place = sampler_of(vlm, dtype=dtype), torch.tensor([999], device=DEVICE)
     close(*(m.model.text_model.rope(place)[0] for m in (sampler.model, vlm.model)))
     r = sampler.generate(vlm.batch, 8, 12, temperature, vlm.seeds)
@@ -429,6 +440,24 @@ def test_tokens_depend_on_the_seed_alone(vlm):
         assert group[:2] == sampler.generate(batch, 2, 12, 1.0, vlm.seeds[i:i + 1]).rows()
 
 
+def test_seeds_alone_decide(vlm):
+    """Nothing else does: not the place in the batch, not what was sampled before, not torch's
+    generator. With one key for a batch, equal prompts got equal answers."""
+    batch, seeds = vlm.alone[0], torch.tensor([3, 4, 3, 2 ** 31 - 1])
+    four = replace(batch, **{name: torch.cat([x] * 4) for name, x in vars(batch).items()})
+    sampler = sampler_of(vlm)
+    torch.manual_seed(1)
+    first, second, third, fourth = groups(sampler.generate(four, 4, 12, 1.0, seeds).rows(), 4)
+    assert first == third and second != first != fourth and second != fourth
+    torch.manual_seed(2)
+    again = groups(sampler.generate(four, 4, 12, 1.0, seeds.flip(0)).rows(), 4)
+    assert again == [fourth, first, second, first]
+
+
+def groups(rows, G):
+    return [rows[start:start + G] for start in range(0, len(rows), G)]
+
+
 def test_draws_are_independent(vlm):
     """A key without the step, the place in the group or the seed says the same thing twice."""
     model, free = copy.deepcopy(vlm.model), (~vlm.banned).nonzero()[:8, 0]
@@ -444,7 +473,7 @@ def test_draws_are_independent(vlm):
 
 
 def test_the_end_mark_is_the_last_token_that_counts(vlm):
-    """Trap 2: a mask that drops the end mark trains a model that never stops; also at the limit."""
+    """A mask that drops the end mark trains a model that never stops; also at the limit."""
     r = sampler_of(vlm).generate(vlm.batch, 8, 12, 1.0, vlm.seeds)
     assert r.finished.any() and not r.finished.all() and r.mask.sum() == r.lengths.sum()
     for row, length, finished in zip(r.rows(), r.lengths, r.finished):
@@ -465,7 +494,7 @@ def addresses(sampler):
 
 
 def test_leftovers_are_not_seen_and_buffers_stay(vlm):
-    """Trap 13: leftovers of other prompts, or of finished rows, that the next batch attends to."""
+    """Leftovers of other prompts, or of finished rows, that the next batch attends to."""
     sampler, fresh = sampler_of(vlm), sampler_of(vlm)
     sampler.generate(vlm.batch, 8, 12)
     assert sampler.cache.isfinite().all()
@@ -491,66 +520,69 @@ def test_what_came_before_changes_no_bit(vlm):
         assert torch.equal(got.ids, expected.ids) and torch.equal(got.logprobs, expected.logprobs)
 
 
-def test_a_prompt_is_held_once(vlm):
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_prompt_is_held_once(vlm, dtype):
     """The cache once held a copy of the prompt for each rollout; a row adds its tokens alone."""
-    sampler = sampler_of(vlm)
-    sampler.generate(vlm.batch, 8, 12)
-    width, places = vlm.batch.ids.shape[1], len(vlm.batch.ids)
-    layers, pair, held, room, *_ = sampler.cache.shape
-    assert (layers, pair, held) == (3, 2, places) and room == width + 13 * 8
-    for dtype, size in ((None, 4), (torch.bfloat16, 2)):     # what the copy takes, not its source
-        limited = kernels.Sampler(vlm.model, vlm.banned, -1, dtype, rows=10 ** 9)
-        assert limited.rows == 2 ** 32 // (1000 * 2 * 3 * 32 * size)
+    def held(extra, group, new_tokens):
+        sampler = sampler_of(vlm, dtype=dtype)
+        sampler.generate(widen(vlm.batch, extra), group, new_tokens)
+        return sampler.cache.nbytes
+
+    slot = held(1, 1, 3) - held(0, 1, 3)         # of all four prompts
+    for extra, group, new_tokens in ((30, 1, 3), (30, 8, 3), (0, 8, 7)):
+        more = held(extra, group, new_tokens) - held(0, 1, 3)
+        assert more == slot * (extra + group * (new_tokens + 1) - 4)
+    limited = sampler_of(vlm, dtype=dtype, rows=10 ** 9)     # what the copy takes, not its source
+    assert limited.rows == 4 * 2 ** 30 // (1000 * slot // 4)
 
 
 def test_pictures_are_read_some_at_a_time(vlm):
     """All prompts of an evaluation once went through the ViT at once: gigabytes of activations."""
-    batch, sampler = vlm.alone[0], sampler_of(vlm)
+    batch, given = vlm.alone[0], []
     many = replace(batch, **{name: torch.cat([value] * 70) for name, value in vars(batch).items()})
-    counts, admit = [], sampler.admit
-    sampler.admit = lambda prompts, *rest: (counts.append(len(prompts.ids)), admit(prompts, *rest))
-    rows = sampler.generate(many, 1, 3, 1.0, torch.arange(70)).rows()
-    assert counts == [32, 32, 6] and rows[69] == sampler_of(vlm).generate(
-        batch, 1, 3, 1.0, torch.tensor([69])).rows()[0]
+    hook = vlm.model.model.vision_model.register_forward_pre_hook(
+        lambda module, inputs: given.append(len(inputs[0])))
+    rows = sampler_of(vlm).generate(many, 1, 3, 1.0, torch.arange(70)).rows()
+    hook.remove()
+    assert sum(given) == 70 * len(batch.pixels) and max(given) <= 32 * len(batch.pixels)
+    assert rows[69] == sampler_of(vlm).generate(batch, 1, 3, 1.0, torch.tensor([69])).rows()[0]
 
 
 @pytest.mark.parametrize("rows, places", [(1, 1), (9, 1), (16, 2), (24, 3)])
-def test_refill_changes_nothing(vlm, rows, places, monkeypatch):
-    """In-flight batching: ended groups hand their place to the next prompts while others go on."""
-    batch, seeds = vlm.batch, vlm.seeds
-    expected = sampler_of(vlm).generate(batch, 8, 12, 1.0, seeds)
-    sampler, admitted, steps = sampler_of(vlm, rows=rows), [], []
-    admit, step = sampler.admit, sampler.step
-
-    def watched(prompts, free, seeds):
-        live = (~sampler.done).view(-1, 8).any(1)
-        assert not live[free].any()
-        admitted.append((len(free), int(live.sum())))
-        admit(prompts, free, seeds)
-
-    monkeypatch.setattr(sampler, "admit", watched)
-    monkeypatch.setattr(sampler, "step", lambda window: (steps.append(window), step(window)))
-    got = sampler.generate(batch, 8, 12, 1.0, seeds)
-    assert len(sampler.bias) == places and sum(count for count, _ in admitted) == 4
+def test_refill_changes_nothing(vlm, rows, places):
+    """In-flight batching: ended groups hand their place to the next prompts while others go on.
+    Nobody's tokens depend on it, and it takes fewer steps than one batch after the other."""
+    ask = vlm.batch, 8, 24, 1.0, vlm.seeds + 2   # the second prompt has by far the longest answer
+    expected, passes, prefills = sampler_of(vlm).generate(*ask), [], []
+    hooks = [module.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+             for module, seen in ((vlm.model.decoder, passes), (vlm.model, prefills))]
+    got = sampler_of(vlm, rows=rows).generate(*ask)
+    for hook in hooks:
+        hook.remove()
     assert got.rows() == expected.rows() and torch.equal(got.finished, expected.finished)
     close(got.logprobs, expected.logprobs)
     longest = expected.lengths.view(4, 8).max(1)[0]
-    if DEVICE == "cpu":
-        assert len(steps) <= longest.sum() if places == 1 else len(steps) < longest.sum()
-        assert places == 1 or any(live for _, live in admitted[1:]), "nothing was refilled"
+    batches = sum(int(some.max()) for some in longest.split(places))
+    if DEVICE == "cpu":                          # a GPU replays steps, sixteen between looks
+        steps = len(passes) - len(prefills)
+        assert steps == batches if places == 1 else steps < batches
 
 
 def test_refresh_follows_the_trainer(vlm):
-    """Trap 13: a copy that is never refreshed samples from the base model for the whole run."""
-    trained = SimpleNamespace(**{**vars(vlm), "model": models.VLM(vlm.model.raw).to(DEVICE)})
+    """A copy that is never refreshed samples from the base model for the whole run."""
+    trained = SimpleNamespace(**{**vars(vlm), "model": copy.deepcopy(vlm.model)})
     sampler, ask = sampler_of(trained, dtype=torch.bfloat16), (vlm.alone[1], 4, 12, 1.0)
-    old = sampler.generate(*ask).rows()
+    old = sampler.generate(*ask)
     before, graph = addresses(sampler), sampler.graph
-    trained.model.load_state_dict(vlm.model.state_dict())
-    assert sampler.generate(*ask).rows() == old
+    with torch.no_grad():                        # a step of the trainer, in place as optimizers do
+        for weight in trained.model.parameters():
+            weight += 0.05 * torch.randn(weight.shape).to(weight)
+    expected = sampler_of(trained, dtype=torch.bfloat16).generate(*ask)
+    stale = sampler.generate(*ask)
     sampler.refresh()
-    new = sampler.generate(*ask).rows()
-    assert new == sampler_of(trained, dtype=torch.bfloat16).generate(*ask).rows() != old
+    new = sampler.generate(*ask)
+    assert stale.rows() == old.rows() != expected.rows() == new.rows()
+    close(new.logprobs, expected.logprobs)
     assert before == addresses(sampler) and graph is sampler.graph
 
 
@@ -569,7 +601,7 @@ def test_copies_only_where_the_type_differs(vlm):
 
 @torch.inference_mode()
 def test_step_can_be_captured(vlm):
-    """Trap 13: no look at a tensor from Python, no shape from data, no buffer that moves."""
+    """No look at a tensor from Python, no shape from data, no buffer that moves."""
     with pytest.raises(AssertionError), Watch():
         bool(torch.ones(1, device=DEVICE))
     sampler = sampler_of(vlm, capture=False)
@@ -581,8 +613,8 @@ def test_step_can_be_captured(vlm):
         for _ in range(15):                      # three more than there are tokens
             sampler.step(sampler.cache.shape[3])
     assert watch.seen > 100 and before == addresses(sampler)
-    assert torch.equal(sampler.ids[:, :12], expected.ids)
-    assert torch.equal(sampler.length, expected.lengths)
+    ids = sampler.ids[:, :, :12].flatten(0, 1)
+    assert torch.equal(ids.where(expected.mask, 0), expected.ids)
     assert all(map(torch.equal, weights, vlm.model.parameters()))
 
 
@@ -591,8 +623,8 @@ def test_sampler_on_kernels(vlm, monkeypatch):
     """The uncaptured step of a GPU handed kernels a window of the cache; they read it as whole."""
     results = []
     for way in ("reference", "triton"):
-        for name in ("rotary_cache", "decode_attention", "sample", "rms_norm", "swiglu"):
-            home = models if name in ("rms_norm", "swiglu") else kernels
+        for name in ("rotary_cache", "decode_attention", "sample", "swiglu"):
+            home = models if name == "swiglu" else kernels
             monkeypatch.setattr(home, name, getattr(getattr(kernels, name), way))
         results.append(sampler_of(vlm, capture=False).generate(vlm.batch, 1, 4, 1.0, vlm.seeds))
         monkeypatch.undo()
