@@ -405,8 +405,8 @@ PRESETS = {
     "quick": dict(weak=600, limit=600, base="--keep 600", sft="--examples 2000",
                   grpo="--examples 2000 --steps 100 --eval-every 10"),
     "smoke": dict(weak=6, limit=24, base="--steps 12 --keep 6 --batch 32 --eval-examples 12",
-                  sft="--examples 128 --epochs 1 --eval-examples 12", grpo="--examples 64 --steps 3 "
-                  "--prompts 4 --eval-every 1 --eval-examples 12 --max-new-tokens 32")}
+                  sft="--examples 128 --epochs 1 --eval-examples 12", grpo="--examples 64 "
+                  "--prompts 4 --steps 3 --eval-every 1 --eval-examples 12 --max-new-tokens 32")}
 CURVES = {"held_out": "#0b6e4f", "reward": "#c1440e", "accuracy": "#7a7a7a", "format": "#3b6fb6"}
 
 

@@ -31,17 +31,15 @@ def widened(x):
 
 def length_mask(lengths, width=None):
     """lengths (B,) -> (B, width) True in the first lengths[b] columns. width None: the longest."""
-    width = int(lengths.max()) if width is None else width
-    return torch.arange(width, device=lengths.device) < lengths[:, None]
+    return torch.arange(width or int(lengths.max()), device=lengths.device) < lengths[:, None]
 
 
 def on_cuda(launch):
     """Beside a torch reference: `launch` runs instead on CUDA when no gradient is needed."""
     def beside(reference):
         def choose(x, *rest):
-            if triton and x.is_cuda and not torch.is_grad_enabled():
-                return launch(x, *rest)
-            return reference(x, *rest)
+            on_kernel = triton and x.is_cuda and not torch.is_grad_enabled()
+            return (launch if on_kernel else reference)(x, *rest)
 
         choose.reference, choose.triton = reference, launch
         return functools.update_wrapper(choose, reference)
@@ -154,14 +152,11 @@ if triton:
         """A block of rows over `share` words: head, ban, noise, arg-max; logits never leave the
         chip. best, found, sums (splits, R): the winner's noisy logit, its id, the log-sum-exp."""
         row, split = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
-        inside = row < R
-        key = tl.load(keys + row, inside, 0)
+        inside, key = row < R, tl.load(keys + row, row < R, 0)
         scale, loudness = tl.load(inverse_temperature), tl.load(noisy)
         # The winner so far; the running max and sum of a softmax without noise.
-        token = tl.zeros((ROWS,), tl.int64)
-        peak = tl.full((ROWS,), -float("inf"), tl.float32)
-        top = tl.full((ROWS,), MASKED, tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
+        token, peak = tl.zeros((ROWS,), tl.int64), tl.full((ROWS,), -float("inf"), tl.float32)
+        top, total = tl.full((ROWS,), MASKED, tl.float32), tl.zeros((ROWS,), tl.float32)
         for start in range(split * share, tl.minimum((split + 1) * share, V), BLOCK):
             word = start + tl.arange(0, BLOCK)
             logit = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -213,22 +208,19 @@ def rotary_cache(q, k, v, cos, sin, keys, values, slots):
     G = len(q) // len(keys)
     group = torch.arange(len(q), device=q.device) // G                         # (R,)
     q, k = rotary(torch.cat([q, k], 1), cos, sin).split([q.shape[1], k.shape[1]], 1)
-    keys[group, slots] = k
-    values[group, slots] = v
+    keys[group, slots], values[group, slots] = k, v
     return q
 
 
 def decode_attention_triton(q, keys, values, bias, ends):
     (R, H, E), (B, S, K, _), G = q.shape, keys.shape, bias.shape[1]
-    fp32 = q.dtype == torch.float32
-    queries = G * H // K                             # of a group, for one kv-head
+    queries, fp32 = G * H // K, q.dtype == torch.float32     # of a group, for one kv-head
     # tl.dot takes 16 rows or more; the tiles of more queries would not stay in registers.
     block = max(16, min(16 if fp32 else 32, triton.next_power_of_2(queries)))
     width = max(16, triton.next_power_of_2(E))
     splits = min(8, triton.cdiv(S, 256))             # few groups alone leave most of a GPU idle
     share = 64 * triton.cdiv(S, 64 * splits)         # whole blocks of slots
-    parts = torch.empty(splits, R * H, E, device=q.device)
-    sums = torch.empty(splits, R * H, device=q.device)
+    parts, sums = (torch.empty(splits, R * H, n, device=q.device) for n in (E, 1))
     # tf32 holds bf16 inputs exactly; the attention weights it rounds to 11 bits, bf16 has 8.
     decode_attention_kernel[(B * K, triton.cdiv(queries, block), splits)](
         q, keys, values, bias, ends, parts, sums, scale=E ** -0.5, share=share, R=R,
@@ -254,9 +246,8 @@ def decode_attention(q, keys, values, bias, ends):
 
 
 def swiglu_triton(gate, up):
-    gate, up = gate.contiguous(), up.contiguous()
-    out, size = torch.empty_like(gate), gate.numel()
-    grid = (triton.cdiv(size, 1024),)                # 8 numbers for each of 128 threads
+    gate, up, size = gate.contiguous(), up.contiguous(), gate.numel()
+    out, grid = torch.empty_like(gate), (triton.cdiv(size, 1024),)   # 8 numbers a thread
     swiglu_kernel[grid](gate, up, out, size=size, BLOCK=1024)
     return out
 
@@ -276,12 +267,10 @@ def gumbel(keys, vocabulary):
 
 
 def sample_triton(hidden, weight, banned, inverse_temperature, noisy, keys):
-    (R, D), V = hidden.shape, len(weight)
-    fp32 = hidden.dtype == torch.float32
+    (R, D), V, fp32 = hidden.shape, len(weight), hidden.dtype == torch.float32
     # tl.dot takes 16 rows or more; the tiles of more rows would not stay in registers.
     block = max(16, min(16 if fp32 else 64, triton.next_power_of_2(R)))
-    share = 1024                                     # words a program: few rows still fill a GPU
-    splits = triton.cdiv(V, share)
+    share, splits = 1024, triton.cdiv(V, 1024)       # words a program: few rows still fill a GPU
     best, sums = torch.empty(2, splits, R, device=hidden.device)
     found = torch.zeros(splits, R, dtype=torch.long, device=hidden.device)
     sample_kernel[(triton.cdiv(R, block), splits)](
@@ -297,8 +286,7 @@ def sample(hidden, weight, banned, inverse_temperature, noisy, keys):
     """Draws from softmax(h Wᵀ / T) without banned ids, by Gumbel arg-max in fp32. hidden (R, D);
     weight (V, D); inverse_temperature (1,); noisy (1,): 1, or 0 for greedy; keys (R,) int32
     -> tokens, log-probs (R,)."""
-    logits = (hidden @ weight.T).float().mul_(inverse_temperature)             # (R, V)
-    logits = logits.masked_fill_(banned, NEGATIVE)
+    logits = (hidden @ weight.T).float().mul_(inverse_temperature).masked_fill_(banned, NEGATIVE)
     tokens = gumbel(keys, len(weight)).mul_(noisy).add_(logits).argmax(-1)     # (R,)
     return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
@@ -314,9 +302,7 @@ def chunk_logits(hidden, weight, banned, scale):
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
         logits = widened(hidden[part] @ weight.T).mul_(scale)                  # (rows, V)
-        if banned is not None:
-            logits.masked_fill_(banned, NEGATIVE)
-        yield part, logits
+        yield part, logits if banned is None else logits.masked_fill_(banned, NEGATIVE)
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -327,8 +313,7 @@ class TokenLogprobs(torch.autograd.Function):
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
-        logprob = widened(hidden.new_empty(len(hidden)))                       # (N,)
-        entropy = torch.empty_like(logprob)
+        logprob, entropy = (widened(hidden.new_empty(len(hidden))) for _ in range(2))    # (N,)
         for part, logits in chunk_logits(hidden, weight, banned, scale):
             logp = logits.log_softmax(-1)
             logprob[part] = logp.gather(1, targets[part, None])[:, 0]
@@ -420,8 +405,8 @@ class Sampler:
         B, T = prompts.ids.shape
         seeds = torch.arange(B) if seeds is None else seeds
         owner = torch.full((min(B, max(1, self.rows // group)),), -1)
-        ids = torch.zeros(B, group, new_tokens, dtype=torch.long, device=self.device)
         logprobs = torch.zeros(B, group, new_tokens, device=self.device)
+        ids = torch.zeros_like(logprobs, dtype=torch.long)
         with torch.inference_mode():
             self.reserve(len(owner), group, new_tokens, T)
             self.inverse_temperature.fill_(1 / (temperature or 1))
@@ -459,8 +444,7 @@ class Sampler:
     def admit_next(self, owner, prompts, seeds, taken):
         """Hands prompts, from number `taken` on, to free groups -> the number of the next one."""
         free = (owner < 0).nonzero()[:len(prompts.ids) - taken, 0]
-        for start in range(0, len(free), PROMPTS_AT_ONCE):
-            groups = free[start:start + PROMPTS_AT_ONCE]
+        for groups in free.split(PROMPTS_AT_ONCE):
             after = taken + len(groups)
             self.admit(prompts.part(taken, after), groups, seeds[taken:after])
             owner[groups] = torch.arange(taken, after)
@@ -469,9 +453,7 @@ class Sampler:
 
     def reserve(self, groups, group, new_tokens, width):
         """Buffers for so many groups, kept where they fit. Nobody is in there yet."""
-        start = width
-        if self.on_gpu:
-            start = max(width, self.shape[3])        # longer than needed, but no new capture
+        start = max(width, self.shape[3]) if self.on_gpu else width      # so, no new capture
         if groups > self.shape[0] or (group, new_tokens, start) != self.shape[1:]:
             self.release()                           # before there are new ones
             self.allocate(groups, group, new_tokens, start)
@@ -493,17 +475,15 @@ class Sampler:
         self.inverse_temperature, self.noisy = zeros(2, 1)           # noisy: 1, or 0 for greedy
         self.last_position = integers(groups, 1)     # of the prompt's last token
         self.generated = integers(groups, 1)         # tokens so far; dead rows count on
-        self.noise_key = zeros(groups, G, dtype=torch.int32)
         self.token = integers(groups, G)             # the input of the next step
-        self.done = zeros(groups, G, dtype=torch.bool)
+        self.noise_key, self.done = zeros(groups, G).int(), zeros(groups, G).bool()
         self.ids = integers(groups, G, N + 1)        # the last column: of rows that go on after N
         self.logprobs = zeros(groups, G, N + 1)
         self.shape = (groups, G, N, start)
 
     def admit(self, prompts, groups, seeds):
         """Reads prompts; the rollouts of each start in its group, with its last token."""
-        prompts = prompts.to(self.device)
-        T = prompts.ids.shape[1]
+        prompts, T = prompts.to(self.device), prompts.ids.shape[1]
         last = prompts.lengths[:, None] - 1                          # (B, 1)
         _, cache = self.model(prompts)
         for layer, (keys, values) in enumerate(cache):               # (B, T, K, E)

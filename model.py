@@ -79,8 +79,8 @@ def read_config(raw):
     text["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     tied = raw.get("tie_word_embeddings") or given.get("tie_word_embeddings", False)
     vision = SimpleNamespace(**vision | raw["vision_config"])
-    return SimpleNamespace(vision=vision, text=SimpleNamespace(**text), tied=tied, qwen="qwen" in kind,
-                           image_token=raw["image_token_id"], shuffle=raw.get("scale_factor", 2))
+    return SimpleNamespace(vision=vision, text=SimpleNamespace(**text), tied=tied,
+                           qwen="qwen" in kind, image_token=raw["image_token_id"], shuffle=raw.get("scale_factor", 2))
 
 
 # ------------------------------------------------------------------------------------- vision
@@ -522,8 +522,9 @@ def tabletop_files(processor):
     whole = dict(processor_class="Idefics3Processor", image_seq_len=processor.image_tokens)
     words = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=data.START,
                  eos_token=data.STOP, pad_token=data.PAD)
-    return {"preprocessor_config.json": json.dumps(image), "chat_template.jinja": data.CHAT_TEMPLATE,
-            "processor_config.json": json.dumps(whole), "tokenizer_config.json": json.dumps(words)}
+    return {"preprocessor_config.json": json.dumps(image),
+            "processor_config.json": json.dumps(whole), "tokenizer_config.json": json.dumps(words),
+            "chat_template.jinja": data.CHAT_TEMPLATE}
 
 
 def hub_name(name):
