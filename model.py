@@ -80,7 +80,8 @@ def read_config(raw):
     tied = raw.get("tie_word_embeddings") or given.get("tie_word_embeddings", False)
     vision = SimpleNamespace(**vision | raw["vision_config"])
     return SimpleNamespace(vision=vision, text=SimpleNamespace(**text), tied=tied,
-                           qwen="qwen" in kind, image_token=raw["image_token_id"], shuffle=raw.get("scale_factor", 2))
+                           qwen="qwen" in kind, image_token=raw["image_token_id"],
+                           shuffle=raw.get("scale_factor", 2))
 
 
 # ------------------------------------------------------------------------------------- vision
