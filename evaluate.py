@@ -8,6 +8,7 @@ words and choices by text, boxes by IoU. Formatted: exactly <think>...</think> a
 Faithful, on the tabletop: right, with every step of the reasoning true; else lucky.
 """
 import argparse
+import ast
 import base64
 import html
 import io
@@ -18,9 +19,10 @@ import re
 import signal
 import subprocess
 import sys
+import unicodedata
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from operator import add, mul, sub, truediv
+from operator import add, mul, neg, pos, sub, truediv
 from statistics import correlation, fmean as mean
 from types import SimpleNamespace
 
@@ -32,72 +34,107 @@ from kernels import Sampler
 from model import CheckpointError, load_checkpoint, read_json, write_file
 
 # ----------------------------------------------------------------------------------- the grader
-BOX = re.compile(r"\[" + ",".join([r"\s*(-?\d+(?:\.\d+)?)\s*"] * 4) + r"\]")
 FORMATS = {"tags": re.compile(r"<think>(.+?)</think>\s*<answer>(.+?)</answer>", re.S),
            "boxed": re.compile(r"<think>(.+?)</think>\s*\\boxed\{(.+)\}", re.S)}
-MAX_ANSWER, LARGEST = 400, 10 ** 12  # a longer answer is none, a larger number is only text
-SIGNS = str.maketrans(dict(zip("²³√π−–≈×·⋅÷∘º", "^2 ^3 sqrt pi - - = * * * / ° °".split())))
-SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
-    (r"(?<=\d)(?:\\,|\{,\}|,\\!)(?=\d{3})", ","), (r"\\(?:text|math)[a-z]* ?\{([^{}]*)\}", r"\1"),
-    (r"\\(?:left|right|[!,;:()\[\] ])| ?\\?\$ ?|~", " "), (r"\\times|\\cdot", "*"), (r"\\div", "/"),
-    (r"^ ?(?:[\\{}∠A-Za-z][\\{}∠A-Za-z ]{,22}\d?)? ?(?:=|\\approx) ?", ""),   # x =, m∠1 =
-    (r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ|\\degree", "°"), (r"arc(?=sin|cos|tan)", "a"),
-    (r"\\[dt]?(?=frac|sqrt|pi|a?sin|a?cos|a?tan|%)", ""), (r"frac ?(\d) ?", r"frac{\1}/"),
-    (r"\} ?(?=\{)", "}/"), (r"\{", "("), (r"\}", ")"), (r"\^ ?\((\d)\)", r"^\1"),
-    (r"sqrt ?\[3\]", "cbrt"), (r"((?:sin|cos|tan) ?\(? ?)([\d.]+) ?°", r"\1(\2*pi/180)"),
-    (r"(?<![\d.,/])(?<!/ )(\d+)(?: ?frac\((\d+)\)/\(?(\d+)\)?| (\d+)/(\d+))", r"(\1+\2\4/\3\5)"),
-    (r"(?<![/^nst])(?<![/^nst] )frac", ""), (r"(?<=[\di)]) *(?:square|sq\.?) ([a-z]+)", r"\1^2"))]
+BOX = re.compile(r"\[" + ",".join([r"\s*-?\d+(?:\.\d+)?\s*"] * 4) + r"\]")
+LETTERED = re.compile(r"(?:(?:option |choice )?[(\[]?([a-z])(?:[\]).: ]+|$))?(.*)")      # (B) 24
+MAX_ANSWER, MAX_DEPTH, LARGEST = 400, 50, 10 ** 12   # what is longer, deeper, larger is no number
+SIGNS = str.maketrans(dict(zip("√∛π−–‐≈×·⋅÷⁄∘º", "sqrt cbrt pi - - - = * * * / / ° °".split())))
+RULES = [(re.compile(pattern), new, example, cleaned) for pattern, new, example, cleaned in (
+    (r"(?<=\d)(?:\\,|\{,\}|,\\!)(?=\d{3})", ",", r"1\,234", "1,234"),
+    (r"\\(?:text|math)[a-z]* ?\{([^{}]*)\}", r"\1", r"5\text{ cm}", "5 cm"),
+    (r"\\(?:left|right|[!,;:()\[\] ])| ?\\?\$ ?|~", " ", r"$\left[1, 2\right]$", "[1, 2 ]"),
+    (r"\\times|\\cdot", "*", r"2\cdot\pi", "2*pi"),
+    (r"\\div", "/", r"1\div2", "1/2"),
+    (r"^ ?(?:[\\{}∠A-Za-z][\\{}∠A-Za-z ]{,22}\d?)? ?(?:=|\\approx) ?", "", "m∠1 = 35", "35"),
+    (r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ|\\degree", "°", r"35^\circ", "35°"),
+    (r"arc(?=sin|cos|tan)", "a", r"\arcsin(1)", "asin(1)"),
+    (r"\\[dt]?(?=frac|sqrt|pi|a?sin|a?cos|a?tan|%)", "", r"50\%", "50%"),
+    (r"frac ?(\d) ?", r"frac{\1}/", r"\frac12", "(1)/2"),
+    (r"\} ?(?=\{)", "}/", r"\frac{1}{2}", "(1)/(2)"),
+    (r"\{", "(", r"\sqrt{5", "sqrt(5"),
+    (r"\}", ")", "5}", "5)"),
+    (r"\^ ?\((\d)\)", r"^\1", "cm^{2}", "cm^2"),
+    (r"sqrt ?\[3\]", "cbrt", r"\sqrt[3]{8}", "cbrt(8)"),
+    (r"((?:sin|cos|tan) ?\(? ?)([\d.]+) ?°", r"\1(\2*pi/180)", "sin 61°", "sin (61*pi/180)"),
+    (r"(?<![\d.,/])(?<!/ )(\d+)(?: ?frac\((\d+)\)/\(?(\d+)\)?| (\d+)/(\d+))", r"(\1+\2\4/\3\5)",
+     "6 1/2", "(6+1/2)"),
+    (r"(?<![/^nst])(?<![/^nst] )frac", "", r"\frac{x}{2}", "(x)/(2)"),      # not in sin\frac12
+    (r"(?<=[\di)]) *(?:square|sq\.?) ([a-z]+)", r"\1^2", "60 sq. cm", "60cm^2"))]
 NEEDLESS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))|(?<![\d.,])0+(?=\d)")        # in 1,234 and in 05
 FORMULA = re.compile(r"((?:[\d.+*/^() -]|(?<=\d)e[-+]?\d|a?(?:sin|cos|tan)|sqrt|cbrt|pi)*)(.*)")
-TIMES = re.compile(r"(?<=[\d.)i]) ?(?=\(|[acpst])")               # in 2√3, which has no sign
-TOKEN = re.compile(r" *(\d+\.?\d*(?:e[-+]?\d+)?|\.\d+|a?(?:sin|cos|tan)|sqrt|cbrt|pi|\S)")
-OPERATORS = dict(zip("+-*/^", (add, sub, mul, truediv, math.pow)))
+TIMES = re.compile(r"(?<=[\d.)i]) ?(?=\(|[acpst])")          # where 2√3 has no sign
+BARE = re.compile(r"(sin|cos|tan|sqrt|cbrt) ?([\d.]+|pi)")   # √3: an argument without parentheses
 UNITS = {word + plural + power: words.split()[0] + power for words in (       # spelling -> unit
     "mm millimeter millimetre,cm centimeter centimetre,m meter metre,km kilometer kilometre,"
     "in inch inche,ft foot feet,yd yard,mi mile,° degree deg,% percent,unit").split(",")
     for word in words.split() for plural in ("", "s") for power in ("", "^2", "^3")} | {"": ""}
-ROUNDED = re.compile(r"nearest (?:(tenth)|(hundredth)|(thousandth)|whole|integer|degree|unit|"
-                     r"\w*meter|inch|foot|yard|mile)", re.I)      # group: how many decimals
+FUNCTIONS = dict(sqrt=math.sqrt, cbrt=math.cbrt, sin=math.sin, cos=math.cos, tan=math.tan,
+                 asin=math.asin, acos=math.acos, atan=math.atan)
+OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.Pow: math.pow,
+             ast.USub: neg, ast.UAdd: pos}
+PLACES = {"tenth": 1, "hundredth": 2, "thousandth": 3}
+ROUNDED = re.compile(r"nearest (tenth|hundredth|thousandth|whole|integer|degree|unit|\w*meter|inch|"
+                     r"foot|yard|mile)", re.I)
 
 
 def clean(text):
-    """The answer in a text in one plain spelling, without LaTeX, case and outer punctuation."""
-    text = " ".join(data.extract_answer(text).translate(SIGNS).split())
-    for pattern, new in SPELLINGS:
+    """The answer in a text in one plain spelling: Unicode NFKC, signs and LaTeX as plain signs,
+    needless spaces, case and outer punctuation away."""
+    text = data.extract_answer(text).translate(SIGNS)
+    text = re.sub("[⁻⁰¹²³⁴-⁹]+", r"^\g<0>", text)               # 10¹² is 10^12,
+    text = re.sub("[¼-¾⅐-⅞]", r" \g<0> ", text)                # and 6½ is 6 1/2
+    text = " ".join(unicodedata.normalize("NFKC", text).translate(SIGNS).split())
+    for pattern, new, *_ in RULES:
         text = pattern.sub(new, text)
     return text.casefold().lstrip(" \"'`*").rstrip(" .,:;!?\"'`*")
 
 
-def value(tokens, level=0):
-    """Takes a sum, at level 1 a product, 2 a power, 3 an atom from the end of tokens -> a Fraction
-    where it is exact; nan where 2 + 3 is not worked out."""
-    if level == 3:
-        word = tokens.pop()
-        if word == "(":
-            return value(tokens) * (1 if tokens.pop() == ")" else math.nan)
-        if word in "+-":
-            return value(tokens, 2) * (-1 if word == "-" else 1)
-        if word.isalpha():
-            return math.pi if word == "pi" else getattr(math, word)(value(tokens, 3))
-        return Fraction(word)
-    left = value(tokens, level + 1)
-    while tokens and tokens[-1] in ("+-", "*/", "^")[level]:
-        sign, right = tokens.pop(), value(tokens, min(level + 1, 2))         # 2^3^2 is 2^(3^2)
-        exact = sign in "+-*" and type(left) is type(right) is Fraction
-        left = math.nan if exact and not 0 < right < 1 else OPERATORS[sign](left, right)
-    return left
+def value(tree, depth=0):
+    """The number that a syntax tree stands for: a Fraction where it is exact. ValueError where it
+    is none, or where a sum or product is left to the reader, as in 2 + 3."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"deeper than {MAX_DEPTH}")
+    match tree:
+        case ast.Constant(value=int() | float() as constant) if abs(constant) <= LARGEST:
+            return Fraction(repr(constant))          # 0.1 is 1/10
+        case ast.Name(id="pi"):
+            return math.pi
+        case ast.Call(func=ast.Name(id=name), args=[argument]) if name in FUNCTIONS:
+            return FUNCTIONS[name](value(argument, depth + 1))
+        case ast.UnaryOp(op=sign) if type(sign) in OPERATORS:
+            return OPERATORS[type(sign)](value(tree.operand, depth + 1))
+        case ast.BinOp(op=sign) if type(sign) in OPERATORS:
+            left, right = (value(side, depth + 1) for side in (tree.left, tree.right))
+            exact = isinstance(left, Fraction) and isinstance(right, Fraction)
+            if exact and type(sign) in (ast.Add, ast.Sub, ast.Mult) and not 0 < right < 1:
+                raise ValueError("not worked out")               # but 6 + 1/2 is
+            return OPERATORS[type(sign)](left, right)
+    raise ValueError(f"no number: {ast.dump(tree):.80}")
 
 
 def number(text):
     """-> (value, unit) of a clean text that is one number and no more, else None."""
-    formula, unit = FORMULA.fullmatch(NEEDLESS.sub("", text)).groups()
-    tokens = TOKEN.findall(TIMES.sub("*", formula).replace("**", "^"))[::-1]
-    try:
-        found = value(tokens)
-        found = Fraction(found) if found == int(found) else found
-    except (ArithmeticError, AttributeError, IndexError, RecursionError, TypeError, ValueError):
+    formula, unit = FORMULA.fullmatch(NEEDLESS.sub("", text[:MAX_ANSWER + 1])).groups()
+    if len(text) > MAX_ANSWER or unit not in UNITS:
         return None
-    return (found, UNITS[unit]) if not tokens and unit in UNITS and abs(found) <= LARGEST else None
+    formula = BARE.sub(r"\1(\2)", TIMES.sub("*", formula)).replace("^", "**").strip()
+    try:
+        found = value(ast.parse(formula, mode="eval").body)
+        found = Fraction(found) if found == int(found) else found
+    except (ArithmeticError, RecursionError, SyntaxError, ValueError):
+        return None
+    return (found, UNITS[unit]) if abs(found) <= LARGEST else None
+
+
+def tolerance(wanted, gold):
+    """How far from the gold's value an answer may be, by how the gold is written."""
+    if isinstance(wanted, float) or 10 ** 99 % wanted.denominator:           # pi, 1/3: no end
+        return abs(wanted) / 1000
+    decimals = re.search(r"\.(\d+)", gold)
+    if decimals:                     # half a unit of the last place, but 1 % at most: 1/3 is 0.33
+        return min(Fraction(1, 2 * 10 ** len(decimals[1])), abs(wanted) / 99)
+    return abs(wanted) / 10 ** 13
 
 
 def same_number(answer, gold, question=""):
@@ -105,56 +142,60 @@ def same_number(answer, gold, question=""):
     given, wanted = number(answer), number(gold)
     if not given or not wanted or given[1] and wanted[1] and given[1] != wanted[1]:
         return False
-    scale = {("%", ""): Fraction(1, 100), ("", "%"): 100}.get((given[1], wanted[1]), 1)
-    values, wanted = [given[0], given[0] * scale], wanted[0]
+    (found, unit), (wanted, gold_unit) = given, wanted
+    candidates = [found]             # 50% is 50, and 0.5 too
+    if "%" in (unit, gold_unit) and unit != gold_unit:
+        candidates.append(found / 100 if unit == "%" else found * 100)
     if asked := ROUNDED.search(question):
-        tens = 10 ** (asked.lastindex or 0)
-        return math.floor(wanted * tens + 0.5) in [math.floor(each * tens + 0.5) for each in values]
-    endless = isinstance(wanted, float) or pow(10, 99, wanted.denominator)        # as a decimal
-    slack = abs(wanted) / (1000 if endless else 10 ** 13)
-    if not endless and (decimals := re.search(r"\.(\d+)", gold)):
-        slack = min(Fraction(1, 2 * 10 ** len(decimals[1])), abs(wanted) / 99)    # 1/3 is 0.33
-    return any(abs(each - wanted) <= slack for each in values)
+        tens = 10 ** PLACES.get(asked[1].lower(), 0)
+        candidates = [math.floor(each * tens + 0.5) for each in candidates]
+        return math.floor(wanted * tens + 0.5) in candidates
+    return any(abs(each - wanted) <= tolerance(wanted, gold) for each in candidates)
+
+
+def area(x1, y1, x2, y2):
+    return max(x2 - x1, 0) * max(y2 - y1, 0)
 
 
 def same_box(answer, gold):
     """Whether two texts are boxes [x1, y1, x2, y2] with an intersection over union >= 0.5."""
-    found = BOX.fullmatch(answer), BOX.fullmatch(gold)
-    if None in found:
+    if not BOX.fullmatch(answer) or not BOX.fullmatch(gold):
         return False
-    a, b = (list(map(float, match.groups())) for match in found)
-    shared = [*map(max, a[:2], b[:2]), *map(min, a[2:], b[2:])]
-    common, *areas = [max(c[2] - c[0], 0) * max(c[3] - c[1], 0) for c in (shared, a, b)]
-    return 3 * common >= sum(areas) > 0
+    a, b = (list(map(float, text.strip("[]").split(","))) for text in (answer, gold))
+    shared = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
+    union = area(*a) + area(*b) - shared
+    return union > 0 and shared / union >= 0.5
 
 
 def chosen(text, choices):
-    """The choice that a letter, a text, both or a value speak of, or None."""
+    """The choice that a text names, by letter, text, value, or letter and one of these; or None."""
     if text in choices:
         return choices.index(text)
-    pattern = r"(?:(?:option |choice )?[(\[]?([a-z])(?:[\]).: ]+|$))?(.*)"
-    letter, rest = re.fullmatch(pattern, text).groups()
-    equal = [i for i, choice in enumerate(choices) if letter in (None, chr(97 + i))
-             and (letter and not rest or rest == choice or same_number(rest, choice))]
-    return equal[0] if len(equal) == 1 else None
+    letter, rest = LETTERED.fullmatch(text).groups()
+    fits = [i for i, choice in enumerate(choices) if letter in (None, chr(ord("a") + i))
+            and (letter and not rest or rest == choice or same_number(rest, choice))]
+    return fits[0] if len(fits) == 1 else None
 
 
 def is_right(answer, gold, choices=None, question=""):
-    """Whether an answer equals the gold answer, by the kind of the gold answer."""
+    """Whether an answer equals the gold answer: as a choice, text, box, or number with unit."""
     if len(answer) > MAX_ANSWER:
         return False
     answer, gold, *choices = map(clean, (answer, gold, *(choices or ())))
-    if choices and (wanted := chosen(gold, choices)) is not None:
+    wanted = chosen(gold, choices)
+    if wanted is not None:
         return chosen(answer, choices) == wanted
     return answer == gold != "" or same_box(answer, gold) or same_number(answer, gold, question)
 
 
 def grade(response, example, answer_format="tags"):
     """-> correct, formatted, faithful (None where no scene tells), steps with their truth."""
-    found, answer = FORMATS[answer_format].fullmatch(response.strip()), data.extract_answer(response)
-    formatted = found is not None and not re.search(r"</?(think|answer)>", found[1] + found[2])
-    formatted = formatted and (answer_format == "tags" or answer == found[2].strip())
+    found = FORMATS[answer_format].fullmatch(response.strip())
+    answer = data.extract_answer(response)
     correct = is_right(answer, example.answer, example.choices, example.question)
+    formatted = found is not None and not re.search(r"</?(think|answer)>", found[1] + found[2])
+    if formatted and answer_format == "boxed":
+        formatted = answer == found[2].strip()       # one box, and no more
     steps = data.check_steps(example.scene, found[1]) if formatted and example.scene else []
     claims = [true for _, true in steps if true is not None]
     faithful = correct and bool(claims) and all(claims) if example.scene else None

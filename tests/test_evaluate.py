@@ -1,4 +1,5 @@
 """The grader's truth table, the statistics, the command line, and what an evaluation writes."""
+import ast
 import itertools
 import json
 import math
@@ -116,12 +117,69 @@ TRUTH = [  # gold, answers that are right, answers that are wrong[, question[, c
     ("green square", ["A) Green square", "Green square."], ["green", "B", "A", "C"], "", PICKS)]
 
 
+TRUTH += [  # what each rule of `clean` is for, right and wrong
+    ("13/2", ["6½", "6 ½", "13⁄2", "１３/２", r"6\tfrac{1}{2}", r"\frac{13}{2}", r"\dfrac {13} {2}"],
+     ["61/2", "6½2", "½6", "132", "6²"]),
+    ("1/2", ["½", "½.", r"\frac{1} {2}"], ["½2", "2½", "¼", "1½"]),
+    ("10^12", ["10¹²", "1000000000000", "1,000,000,000,000"], ["10^1^2", "1012", "10²", "10¹²0"]),
+    ("25", ["5²", "5^{2}", "5^2", "2５"], ["52", "5^{22}", "5²²", "5_2"]),
+    ("1/100", ["10⁻²", "0.01", "1%", "10^{-2}"], ["10²", "10⁻³", "102", "-100"]),
+    ("2", ["∛8", r"\sqrt[3]{8}", "8^{1/3}"], ["√8", "8", r"\sqrt[3]{9}"]),
+    ("2*sqrt(3)", ["2√3", "2√(3)", "√12", r"2\sqrt 3", r"2\sqrt{3}"], ["√6", "23", "2*3",
+          "√(2*3)"]),
+    ("12 cm^2", ["12 square cm", "12 sq. cm", "12 sq cm", "12cm²", "12"], ["12 cm", "12 cm³"]),
+    ("35°", ["35^\\circ", "35^{\\circ}", "35 degrees", "m∠2 = 35", r"m\angle 2 = 35"],
+          ["2 = 35 = 36"]),
+    ("1/2", [r"\sin 30^\circ", "sin(30°)", "sin 30°"], ["sin 30", r"\cos 30^\circ", "sin 31°"]),
+    ("pi/6", ["asin(1/2)", r"\arcsin(0.5)"], [r"\arccos(0.5)", "arcsin"]),
+    ("3/4", [r"3\div 4", "3÷4", r"\left(3/4\right)", "$3/4$"], ["4/3", "3/4/1/2", "3//4"])]
+
+
 @pytest.mark.parametrize("row", TRUTH, ids=lambda row: row[0])
 def test_truth(row):
     gold, right, wrong, question, choices = (*row, "", None)[:5]
     for expected, answers in ((True, right), (False, wrong)):
         for answer in answers:
             assert evaluate.is_right(answer, gold, choices, question) == expected, answer
+
+
+@pytest.mark.parametrize("rule", evaluate.RULES, ids=lambda rule: rule[2])
+def test_each_rule_of_cleaning_has_its_example(rule, monkeypatch):
+    """What the table says that a rule is for is what it does: with it, and not without it."""
+    *_, example, cleaned = rule
+    assert evaluate.clean(example) == cleaned
+    monkeypatch.setattr(evaluate, "RULES", [other for other in evaluate.RULES if other is not rule])
+    assert evaluate.clean(example) != cleaned
+
+
+@pytest.mark.parametrize("text", [
+    "True", "None", "5j", "'5'", "b'5'", "x", "pie", "math.pi", "__import__('os')", "(lambda: 5)()",
+    "sqrt", "sqrt(4, 4)", "sqrt(x=4)", "sqrt()", "open(5)", "[5]", "{5}", "(5,)", "5 < 6",
+    "5 if 5 else 6",
+    "5 and 6", "not 5", "~5", "5 % 6", "5 // 6", "5 << 6", "5 @ 6", "f'{5}'", "5[0]", "*5",
+    "(x := 5)",
+    "1e999", "9" * 30, "-" * 60 + "5", "1+" * 60 + "1"])
+def test_only_numbers_are_numbers(text):
+    """The walk over a syntax tree takes the few nodes that a number may have, and no other; nothing
+    that a model wrote is ever run."""
+    with pytest.raises((ValueError, ArithmeticError, SyntaxError)):
+        evaluate.value(ast.parse(text, mode="eval").body)
+
+
+@pytest.mark.parametrize("text", [
+    "9^9^9^9", "1e333", "1e999999999", "1e-999999999", "10^13", "(" * 210 + "5" + ")" * 210,
+    "-" * 399 + "5",
+    "(" * 400, "sqrt" * 100, "5" * 400, "5" * 10 ** 6, "1/" * 199 + "1", "2^" * 199 + "2",
+    "\0" * 9, "5\0",
+    "{" * 400, "\\frac" * 80, "[" * 400, "5 " * 200, "+".join("1" * 200), "e" * 400, "1_000",
+    "5" + "(" * 200])
+def test_hostile_numbers_end_at_once(text):
+    """A power tower, a million digits, 1e999999999 (which once made a number of a billion digits),
+    brackets without end: no number, and no time lost."""
+    begin = time.process_time()
+    for gold in ("5", "[1, 2, 3, 4]", "5 cm", "10^12"):
+        assert not evaluate.is_right(text, gold) and not evaluate.same_number(text, gold)
+    assert time.process_time() - begin < 0.5
 
 
 def test_truth_is_large_and_balanced():
