@@ -13,7 +13,7 @@ weighs the model's own answers, each by its advantage, of either sign. Here
 
 Each choice is an option, and --algorithm is a preset of them. A loss near zero is normal here:
 watch reward, advantage and gradient norm. --minibatches 2 makes the ratio, and clipping, real.
-Departs from the paper: Muon beside AdamW; groups of 8 and 0.1 for the format (theirs: not found).
+Departs from the paper: Muon beside AdamW. Its group size and format reward were not found: 8, 0.1.
 """
 import copy
 import math
@@ -139,7 +139,7 @@ class Config(RunConfig):
 class Experience:
     """What a step learns from: R = B * G answers, in the order of the questions."""
     rollouts: Rollouts
-    mask: torch.Tensor               # (R, N) tokens that the loss counts
+    mask: torch.Tensor               # (R, N) tokens that the loss counts: see --filter, --overlong
     advantage: torch.Tensor          # (R, 1)
 
 
@@ -172,7 +172,7 @@ def rollout(run, step, examples, prompts):
     return Experience(rollouts, mask, advantage.to(c.device)), metrics
 
 
-def score(run, model, prompts, rollouts, start, stop):
+def score_answers(run, model, prompts, rollouts, start, stop):
     """Log-prob and entropy of the answers to prompts start..stop under a model, in the
     distribution that they were drawn from. -> two tensors (rows, N)"""
     c, rows = run.config, slice(start * run.config.group, stop * run.config.group)
@@ -185,12 +185,14 @@ def score(run, model, prompts, rollouts, start, stop):
 def fixed_logprobs(run, model, prompts, rollouts):
     """Log-probs of all answers under a model, without gradient. -> (R, N)"""
     pieces = data.pieces(0, len(prompts.ids), run.config.micro_batch)
-    return torch.cat([score(run, model, prompts, rollouts, *piece)[0] for piece in pieces])
+    return torch.cat([score_answers(run, model, prompts, rollouts, *piece)[0] for piece in pieces])
 
 
 def explore(run, step, examples, prompts, responses):
     """One step on the model's own answers -> metrics; `responses`, somebody's, are not looked at.
-    One rollout, then an optimizer step for each minibatch of its questions."""
+    One rollout, then an optimizer step for each minibatch of its questions, on three log-probs of
+    each token: of the policy that learns, of the policy as it was (old), of the sampler (the same
+    but for rounding). Loss and gradient norm are logged of the last minibatch."""
     c, B = run.config, len(examples)
     experience, metrics = rollout(run, step, examples, prompts)
     rollouts, mask, advantage = experience.rollouts, experience.mask, experience.advantage
@@ -203,13 +205,13 @@ def explore(run, step, examples, prompts, responses):
     if len(minibatches) > 1:         # with one, the policy is the old policy
         old = fixed_logprobs(run, run.model, prompts, rollouts)
     for start, stop in minibatches:
-        rows = slice(start * c.group, stop * c.group)
-        weights[rows] = token_weights(mask[rows], c.aggregation, c.max_new_tokens)
+        whole = slice(start * c.group, stop * c.group)
+        weights[whole] = token_weights(mask[whole], c.aggregation, c.max_new_tokens)
         loss_sum = 0.0
         run.zero_grad()
         for i, j in data.pieces(start, stop, c.micro_batch):
             rows = slice(i * c.group, j * c.group)
-            logprob, entropy[rows] = score(run, run.model, prompts, rollouts, i, j)
+            logprob, entropy[rows] = score_answers(run, run.model, prompts, rollouts, i, j)
             new[rows] = logprob.detach()
             if len(minibatches) == 1:
                 old[rows] = logprob.detach()
@@ -218,7 +220,7 @@ def explore(run, step, examples, prompts, responses):
             loss = (loss * weights[rows]).sum()
             loss.backward()
             loss_sum += loss.item()
-        grad_norm = run.optimizer_step(loss_sum, examples)
+        grad_norm = run.optimizer_step(loss_sum, examples[start:stop])
     counted = rollouts.mask
     gap = (old - rollouts.logprobs).abs()[counted]   # between sampler and trainer
     metrics |= dict(loss=loss_sum, grad_norm=grad_norm, entropy=entropy[counted].mean().item())

@@ -74,7 +74,7 @@ if triton:
         return load_fp32(x + e, inside) * load_fp32(cos + e, inside) + turned
 
     @triton.jit
-    def rotary_cache_kernel(q, k, v, cos, sin, keys, values, slots, out, S, G, H, K, E,
+    def rotate_and_store_kernel(q, k, v, cos, sin, keys, values, slots, out, S, G, H, K, E,
                             BLOCK: tl.constexpr):
         """One head of one row a program: the first H heads are of q, the other K of k and v."""
         row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -191,18 +191,18 @@ def rotary(x, cos, sin):
     return (x * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)).type_as(x)
 
 
-def rotary_cache_triton(q, k, v, cos, sin, keys, values, slots):
+def rotate_and_store_triton(q, k, v, cos, sin, keys, values, slots):
     q, k, v, cos, sin = (x.contiguous() for x in (q, k, v, cos, sin))
     (R, H, E), K, out = q.shape, k.shape[1], torch.empty_like(q)
-    rotary_cache_kernel[(R, H + K)](
+    rotate_and_store_kernel[(R, H + K)](
         q, k, v, cos, sin, keys, values, slots, out,
         S=keys.stride(0) // keys.stride(1),          # keys may be the first slots of a longer cache
         G=R // len(keys), H=H, K=K, E=E, BLOCK=triton.next_power_of_2(E))
     return out
 
 
-@on_cuda(rotary_cache_triton)
-def rotary_cache(q, k, v, cos, sin, keys, values, slots):
+@on_cuda(rotate_and_store_triton)
+def rotate_and_store(q, k, v, cos, sin, keys, values, slots):
     """Rotates q and k, and writes k and v of row r to its slot in the cache of its group, r // G.
     q (R, H, E); k, v (R, K, E); cos, sin (R, E); keys, values (R / G, S, K, E); slots (R,)."""
     G = len(q) // len(keys)
@@ -373,8 +373,10 @@ class Rollouts:
 class Sampler:
     """Prompts in, rollouts out: fixed buffers and one `step` over them, which CUDA captures.
 
-    A prompt is held once, for all rollouts of its group (see `step`), and all heads of a group are
-    one matrix. A group whose rows have all ended takes the next prompt (in-flight batching).
+    The life of a group: idle -> admitted: its prompt is read and held once, for all of its
+    rollouts -> stepping: all its rows by one token at a time, the ended («dead») ones too, whose
+    tokens count nowhere -> all ended: collected, idle, and free for the next prompt (in-flight
+    batching). At first all are idle.
 
     banned (V,): never sampled. With another `dtype` it samples from copied weights, which `refresh`
     updates in place. rows: rollouts at once, at most what 4 GiB hold at 1,000 tokens each. A row's
@@ -401,7 +403,8 @@ class Sampler:
 
     def generate(self, prompts, group=1, new_tokens=48, temperature=1.0, seeds=None):
         """Batch of B prompts -> Rollouts of B * group rows. temperature 0 is greedy.
-        seeds (B,): one per prompt; the same seed gives the same rollouts in any company."""
+        seeds (B,): one per prompt; the same seed gives the same rollouts in any company. Without
+        seeds every call gives the same."""
         B, T = prompts.ids.shape
         seeds = torch.arange(B) if seeds is None else seeds
         owner = torch.full((min(B, max(1, self.rows // group)),), -1)
@@ -423,15 +426,16 @@ class Sampler:
         taken = 0
         while True:
             idle = self.done.all(1).cpu()[:len(owner)]               # waits for a GPU
-            if self.worth_refilling(idle, waiting=len(ids) - taken):
+            if self.worth_a_pause(idle, waiting=len(ids) - taken):
                 self.collect(idle, owner, ids, logprobs)
                 taken = self.admit_next(owner, prompts, seeds, taken)
                 if (owner < 0).all():
                     return
             self.advance()
 
-    def worth_refilling(self, idle, waiting):
-        """Reading prompts keeps those at work waiting, so it is done for many at a time."""
+    def worth_a_pause(self, idle, waiting):
+        """Collecting and reading prompts keeps the others from their work: it is done for a share
+        of the groups at a time, and where all are idle."""
         return idle.all() or (waiting > 0 and idle.sum() >= REFILL_AT * len(idle))
 
     def collect(self, idle, owner, ids, logprobs):
@@ -444,7 +448,8 @@ class Sampler:
     def admit_next(self, owner, prompts, seeds, taken):
         """Hands prompts, from number `taken` on, to free groups -> the number of the next one."""
         free = (owner < 0).nonzero()[:len(prompts.ids) - taken, 0]
-        for groups in free.split(PROMPTS_AT_ONCE):
+        for start in range(0, len(free), PROMPTS_AT_ONCE):
+            groups = free[start:start + PROMPTS_AT_ONCE]
             after = taken + len(groups)
             self.admit(prompts.part(taken, after), groups, seeds[taken:after])
             owner[groups] = torch.arange(taken, after)
@@ -468,7 +473,7 @@ class Sampler:
         c, head = self.model.config.text, self.model.lm_head.weight
         zeros = functools.partial(torch.zeros, device=self.device)
         integers = functools.partial(zeros, dtype=torch.long)
-        S = start + (N + 1) * G                      # the last G: of rows that go on after N
+        S = start + (N + 1) * G                      # G to spare: for dead rows after N tokens
         self.cache = head.new_zeros(c.num_hidden_layers, 2, groups, S, c.num_key_value_heads,
                                     c.head_dim)
         self.bias = head.new_zeros(groups, G, S)     # NEGATIVE where a row may not look
@@ -477,7 +482,7 @@ class Sampler:
         self.generated = integers(groups, 1)         # tokens so far; dead rows count on
         self.token = integers(groups, G)             # the input of the next step
         self.noise_key, self.done = zeros(groups, G).int(), zeros(groups, G).bool()
-        self.ids = integers(groups, G, N + 1)        # the last column: of rows that go on after N
+        self.ids = integers(groups, G, N + 1)        # one to spare, as above
         self.logprobs = zeros(groups, G, N + 1)
         self.shape = (groups, G, N, start)
 
@@ -537,15 +542,15 @@ class Sampler:
 
         def attend(layer, q, k, v, rope):
             keys, values = self.cache[layer, :, :, :slots]
-            q = rotary_cache(q, k, v, *rope, keys, values, slot.flatten())
+            q = rotate_and_store(q, k, v, *rope, keys, values, slot.flatten())
             return decode_attention(q, keys, values, self.bias[:, :, :slots], ends)
 
         decoder = self.model.decoder
         positions = (self.last_position + self.generated).expand_as(slot)
         hidden = decoder(decoder.embed_tokens(self.token.flatten()), positions.flatten(), attend)
-        keys = mix(self.noise_key ^ mix(self.generated.int()))
+        noise_keys = mix(self.noise_key ^ mix(self.generated.int()))
         token, logprob = sample(hidden, self.model.lm_head.weight, self.banned,
-                                self.inverse_temperature, self.noisy, keys.flatten())
+                                self.inverse_temperature, self.noisy, noise_keys.flatten())
         self.token.copy_(token.view_as(slot))
         column = self.generated.expand_as(slot)[..., None]                         # (groups, G, 1)
         self.ids.scatter_(2, column, self.token[..., None])

@@ -370,7 +370,8 @@ class VLM(nn.Module):
 
     def score(self, prompts, ids, mask, group=1, banned=None, temperature=1.0):
         """Log-prob and entropy of every response token: the one scorer of SFT, GRPO and tests.
-        prompts: Batch of B; ids (R, N) responses; mask (R, N) True where a token counts
+        prompts: Batch of B; ids (R, N) responses, padded on the right; mask (R, N) True on their
+        tokens, the first of each row; banned (V,) and temperature: those of the sampler
         -> two tensors (R, N), zero where the mask is False.
 
         `score_plain` is the textbook form. Here a prompt is read once for its whole group: its keys
@@ -385,7 +386,7 @@ class VLM(nn.Module):
             return x.repeat_interleave(group, 0)
 
         first = per_rollout(prompts.ids[prompt, last])[:, None]                # (R, 1)
-        start = per_rollout(prompts.positions[prompt, last, 0])[:, None]       # (R, 1)
+        start = per_rollout(prompts.positions[prompt, last, 0])[:, None]       # (R, 1) alike in 3
         inputs = torch.cat([first, ids[:, :-1]], 1)                            # (R, N)
         positions = start + torch.arange(N, device=device)                     # (R, N)
         in_prompt = per_rollout(length_mask(last, prompts.ids.shape[1]))       # (R, T)
@@ -394,7 +395,7 @@ class VLM(nn.Module):
                              causal.expand(R, N, N)], -1)[:, None]             # (R, 1, N, T + N)
         _, cache = self(prompts)
 
-        def forked(layer):
+        def forked(layer):           # as a function: one layer's copies at a time
             keys, values = cache[layer]
             return per_rollout(keys), per_rollout(values)                      # (R, T, K, E)
 

@@ -47,7 +47,7 @@ WEIGHTS = {  # name: w_t from the token's probability p and the entropy there, w
 
 def imitation_loss(logprob, entropy, mask, weight):
     """Sum of weighted token losses. (B, N) -> scalar, to be divided by the tokens of the step."""
-    with torch.no_grad():
+    with torch.no_grad():            # nan: padding is no token, and takes no part in a quantile
         w = WEIGHTS[weight](logprob.exp(), entropy.where(mask, math.nan))
     return -(w * logprob)[mask].sum()
 
@@ -275,7 +275,7 @@ class Run:
 
     def optimizer_step(self, loss, examples):
         """Clips the gradient and follows it -> its norm. Stops where that, or the loss, is not a
-        number: the examples are named."""
+        number, and names the examples."""
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             ids = ", ".join(example.id for example in examples)

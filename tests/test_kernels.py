@@ -76,7 +76,7 @@ def cache_inputs(H, K, E, dtype, G=2):
 
 @each_shape
 @each_float
-def test_rotary_cache(H, K, E, dtype):
+def test_rotate_and_store(H, K, E, dtype):
     """Every row writes to its own slot of its group and nowhere else."""
     q, k, v, keys, values, slots = cache_inputs(H, K, E, dtype)
     angles = random(10, E // 2, seed=6).double()
@@ -90,7 +90,7 @@ def test_rotary_cache(H, K, E, dtype):
     written = torch.zeros(5, ROOM, dtype=torch.bool, device=DEVICE)
     written[at] = True
     assert written.sum() == 10
-    for way in ways(kernels.rotary_cache):
+    for way in ways(kernels.rotate_and_store):
         after = keys.clone(), values.clone()
         close(way(q, k, v, *rope, *(x[:, :650] for x in after), slots), rotated(q), dtype)
         for got, old, new in zip(after, (keys, values), (rotated(k), v)):
@@ -231,7 +231,7 @@ def compile_for_gpus(kernel, *args, **named):
         print(kernel.__name__, target)
 
 
-LAUNCHED = ["swiglu_kernel", "rotary_cache_kernel", "decode_attention_kernel",
+LAUNCHED = ["swiglu_kernel", "rotate_and_store_kernel", "decode_attention_kernel",
             "merge_kernel", "sample_kernel"]
 
 
@@ -247,7 +247,7 @@ def compile_all():
             bias, ends = torch.zeros(5, 8, ROOM, dtype=dtype), torch.full((5,), ROOM)
             head = random(2000, D, dtype=dtype)
             kernels.swiglu.triton(x, x)
-            kernels.rotary_cache.triton(q, k, v, rope, rope, keys, values, slots)
+            kernels.rotate_and_store.triton(q, k, v, rope, rope, keys, values, slots)
             kernels.decode_attention.triton(q, keys, values, bias, ends)
             kernels.sample.triton(x, head, banned, *switches(1), slots.int())
 
@@ -623,7 +623,7 @@ def test_sampler_on_kernels(vlm, monkeypatch):
     """The uncaptured step of a GPU handed kernels a window of the cache; they read it as whole."""
     results = []
     for way in ("reference", "triton"):
-        for name in ("rotary_cache", "decode_attention", "sample", "swiglu"):
+        for name in ("rotate_and_store", "decode_attention", "sample", "swiglu"):
             home = models if name == "swiglu" else kernels
             monkeypatch.setattr(home, name, getattr(getattr(kernels, name), way))
         results.append(sampler_of(vlm, capture=False).generate(vlm.batch, 1, 4, 1.0, vlm.seeds))
