@@ -386,7 +386,7 @@ class VLM(nn.Module):
             return x.repeat_interleave(group, 0)
 
         first = per_rollout(prompts.ids[prompt, last])[:, None]                # (R, 1)
-        start = per_rollout(prompts.positions[prompt, last, 0])[:, None]       # (R, 1) alike in 3
+        start = per_rollout(prompts.positions[prompt, last, 0])[:, None]       # (R, 1), of 3 equal
         inputs = torch.cat([first, ids[:, :-1]], 1)                            # (R, N)
         positions = start + torch.arange(N, device=device)                     # (R, N)
         in_prompt = per_rollout(length_mask(last, prompts.ids.shape[1]))       # (R, T)
