@@ -3,18 +3,17 @@
 The tabletop world, of which every step of reasoning can be checked; JSONL files; tokens, pixels.
 """
 import base64
-import functools
 import io
 import json
 import math
 import os
-import pathlib
 import random
 import re
 import zlib
 from collections import namedtuple
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from functools import cache, lru_cache, partial
+from pathlib import Path
 
 import numpy
 import torch
@@ -48,9 +47,25 @@ class Example:
         return [one if isinstance(one, Image.Image) else open_image(one) for one in self.images]
 
 
+# ------------------------------------------------------------------------ the form of an answer
 def tagged(answer, rationale=""):
     """The form that the format reward asks for (R1's); without a rationale the answer alone."""
-    return f"<think>{rationale}</think>" * bool(rationale) + f"<answer>{answer}</answer>"
+    thought = f"<think>{rationale}</think>" if rationale else ""
+    return f"{thought}<answer>{answer}</answer>"
+
+
+def extract_answer(text):
+    """What stands in the last <answer> tags, else the text without its <think> part; where that
+    has a \\boxed{...}, what stands in the last one."""
+    tags = re.findall(r"<answer>(.*?)</answer>", text, re.S)
+    text = tags[-1] if tags else re.sub(r"<think>.*?(?:</think>|$)", "", text, flags=re.S)
+    inside = text.rpartition("\\boxed{")[2] if "\\boxed{" in text else ""
+    depth = 1                        # of braces: an answer such as \frac{1}{2} has its own
+    for brace in re.finditer("[{}]", inside):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return inside[:brace.start()].strip()
+    return text.strip()
 
 
 # ------------------------------------------------------------------ the tabletop world: scenes
@@ -65,7 +80,8 @@ SPLITS = dict(train=range(2, 8), val=[1], test=[0], ood=range(8), text=[0])     
 Thing = namedtuple("Thing", "colour shape row column box")
 
 
-def named(thing):
+def kind_of(thing):
+    """«red circle»"""
     return f"{thing.colour} {thing.shape}"
 
 
@@ -74,17 +90,23 @@ def bucket(things):
     return zlib.crc32(repr(sorted(thing[:4] for thing in things)).encode()) % 8
 
 
+def make_thing(rng, cell, pairs):
+    """A thing of one of these pairs, a little off the middle of its cell but inside it."""
+    row, column = divmod(cell, SIDE)
+    size = rng.randint(10, 13)
+    x, y = (at * CELL + (CELL - size) // 2 + rng.randint(-1, 1) for at in (column, row))
+    return Thing(*rng.choice(pairs), row + 1, column + 1, (x, y, x + size, y + size))
+
+
 def make_scene(rng, split, family):
     """Redraws until the scene has an answer and is this split's: no two splits share a scene."""
-    low, high, pairs = (7, 9, PAIRS) if split == "ood" else (2, 6, KNOWN)
+    fewest, most, pairs = (7, 9, PAIRS) if split == "ood" else (2, 6, KNOWN)
     while True:
-        things = []
-        for cell in rng.sample(range(SIDE * SIDE), rng.randint(low, high)):
-            (row, column), size = divmod(cell, SIDE), rng.randint(10, 13)
-            x, y = (at * CELL + (CELL - size) // 2 + rng.randint(-1, 1) for at in (column, row))
-            things += [Thing(*rng.choice(pairs), row + 1, column + 1, (x, y, x + size, y + size))]
-        apt = any(thing[:2] in HELD_OUT for thing in things) == (split == "ood")
-        if apt and bucket(things) in SPLITS[split] and (singles(things) or family != "location"):
+        cells = rng.sample(range(SIDE * SIDE), rng.randint(fewest, most))
+        things = [make_thing(rng, cell, pairs) for cell in cells]
+        has_held_out = any(thing[:2] in HELD_OUT for thing in things)
+        has_answer = family != "location" or singles(things)
+        if has_held_out == (split == "ood") and has_answer and bucket(things) in SPLITS[split]:
             return things
 
 
@@ -101,8 +123,9 @@ def paint(things):
 
 def describe(things):
     """The scene in words: «row 1: red circle 2, blue square 4. row 3: ...» (the columns)."""
-    things = sorted(things, key=lambda thing: (thing.row, thing.column))
-    rows = {t.row: [f"{named(s)} {s.column}" for s in things if s.row == t.row] for t in things}
+    rows = {}
+    for thing in sorted(things, key=lambda thing: (thing.row, thing.column)):
+        rows.setdefault(thing.row, []).append(f"{kind_of(thing)} {thing.column}")
     return " ".join(f"row {row}: {', '.join(names)}." for row, names in rows.items())
 
 
@@ -110,12 +133,13 @@ def describe(things):
 def matching(things, phrase):
     """The things that a phrase like «red circles», «squares» or «blue shape» speaks of."""
     *colour, shape = phrase.removesuffix("s").split()
-    return [t for t in things if colour in ([], [t.colour]) and shape in (t.shape, "shape")]
+    return [thing for thing in things
+            if colour in ([], [thing.colour]) and shape in ("shape", thing.shape)]
 
 
 def singles(things):
     """The things that are the only ones of their kind."""
-    return [thing for thing in things if len(matching(things, named(thing))) == 1]
+    return [thing for thing in things if len(matching(things, kind_of(thing))) == 1]
 
 
 def pick_phrase(rng, things, kind):
@@ -126,31 +150,45 @@ def pick_phrase(rng, things, kind):
 
 
 def ask(rng, things, family):
-    """-> what the wording needs, the steps (see CLAIMS), the answer. No thing matches a and b."""
+    """-> what fills the wording (see FAMILIES), the steps (see CLAIMS), the answer."""
     if family == "location":
         thing = rng.choice(singles(things))
-        place = f"{named(thing)}: row {thing.row}, column {thing.column}"
-        return dict(a=named(thing)), [place], str(list(thing.box))
+        step = f"{kind_of(thing)}: row {thing.row}, column {thing.column}"
+        return dict(a=kind_of(thing)), [step], str(list(thing.box))
     if family == "count":
         phrase = pick_phrase(rng, things, rng.choice(("shape", "colour", "pair"))) + "s"
         count = len(matching(things, phrase))
         return dict(a=phrase), [f"{phrase}: {count}"], str(count)
-    kind, a, b = rng.choice(("shape", "colour")), None, None
-    while a == b:
-        a, b = pick_phrase(rng, things, kind), pick_phrase(rng, things, kind)
-    n, m = len(matching(things, a)), len(matching(things, b))
-    x, y = rng.randint(2, 5), rng.randint(2, 5)
-    if n < m if family == "difference" else rng.random() < 0.5:
-        a, b, n, m = b, a, m, n
-    p, q, sign = n * x, m * y, ">" if n > m else "<" if n < m else "="
-    end = dict(sum=[f"{n} + {m} = {n + m}"], difference=[f"{n} - {m} = {n - m}"],
-               cost=[f"{n} * {x} = {p}", f"{m} * {y} = {q}", f"{p} + {q} = {p + q}"],
-               comparison=[f"{n} {sign} {m}"])[family]
-    answer = end[-1].split()[-1] if family != "comparison" else "yes" if n > m else "no"
-    values = dict(a=a + "s", b=b + "s", one=a, other=b, x=x, y=y)
-    return values, [f"{a}s: {n}", f"{b}s: {m}", *end], answer
+    return ask_about_two(rng, things, family)
 
 
+def ask_about_two(rng, things, family):
+    """`ask` about n of one kind, each at the price x, and m of another at y; none is of both."""
+    kind = rng.choice(("shape", "colour"))
+    one = other = None
+    while one == other:
+        one, other = pick_phrase(rng, things, kind), pick_phrase(rng, things, kind)
+    n, m = len(matching(things, one)), len(matching(things, other))
+    x, y = rng.randint(2, 5), rng.randint(2, 5)      # drawn even where nothing is bought
+    swap = n < m if family == "difference" else rng.random() < 0.5
+    if swap:
+        one, other, n, m = other, one, m, n
+    words = dict(a=one + "s", b=other + "s", one=one, other=other, x=x, y=y)
+    steps = [f"{one}s: {n}", f"{other}s: {m}"]
+    if family == "sum":
+        return words, [*steps, f"{n} + {m} = {n + m}"], str(n + m)
+    if family == "difference":
+        return words, [*steps, f"{n} - {m} = {n - m}"], str(n - m)
+    if family == "cost":
+        total = n * x + m * y
+        steps += [f"{n} * {x} = {n * x}", f"{m} * {y} = {m * y}", f"{n * x} + {m * y} = {total}"]
+        return words, steps, str(total)
+    if n > m:
+        return words, [*steps, f"{n} > {m}"], "yes"
+    return words, [*steps, f"{n} < {m}" if n < m else f"{n} = {m}"], "no"
+
+
+# a, b: `one` and `other` in the plural
 FAMILIES = dict(     # two wordings of training, one for ood: known words, but never together so
     count=("How many {a} are there?", "How many {a} do you see?", "How many {a} do you see there?"),
     sum=("How many {a} and {b} are there together?", "What do {a} and {b} add up to?",
@@ -162,7 +200,8 @@ FAMILIES = dict(     # two wordings of training, one for ood: known words, but n
                 "By how many more do {a} outnumber {b}?"),
     comparison=("Are there more {a} than {b}?", "Do {a} outnumber {b}?", "Are {a} more than {b}?"),
     location=("Where is the {a}?", "Find the {a}.", "Where do you see the {a}?"))
-CLAIMS = [           # what a step may say: a pattern of it, its verbose words, when it is true
+# what a step may say: a pattern of it, its verbose words, when it is true
+CLAIMS = [
     ("{a}: {n}", "I count {n} {a}", lambda a, n: len(a) == n),
     ("{a}: row {row}, column {column}", "I see the {a} in row {row} and column {column}",
      lambda a, row, column: (row, column) in [thing[2:4] for thing in a]),
@@ -172,55 +211,66 @@ CLAIMS = [           # what a step may say: a pattern of it, its verbose words, 
     ("{x} > {y}", "{x} is more than {y}", lambda x, y: x > y),
     ("{x} < {y}", "{x} is fewer than {y}", lambda x, y: x < y),
     ("{x} = {y}", "{x} is as many as {y}", lambda x, y: x == y)]
-# what the fields of CLAIMS match; `a` is a phrase, the others are numbers
-GROUPS = {name: f"(?P<{name}>[0-9]+)" for name in ("n", "x", "y", "row", "column")}
+# What the fields of CLAIMS match; `a` is a phrase, the others are numbers. Python refuses to read
+# an endless one, so their length has a limit.
+GROUPS = {name: f"(?P<{name}>[0-9]{{1,99}})" for name in ("n", "x", "y", "row", "column")}
 GROUPS["a"] = rf"(?P<a>(?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(SHAPES)}|shape)s?)"
 FILLERS = ("Okay, let me look at the table", "Hmm, let me think about this",
            "Wait, I should check that again", "Let me look once more to be safe",
            "Alright, that seems right", "So now I am sure")
 
 
+def claim_of(sentence):
+    """-> of the claim that a sentence makes, in either wording: how to say it verbosely, when it
+    holds, {field: text}. A sentence that makes none of CLAIMS never holds."""
+    for plain, verbose, holds in CLAIMS:
+        for wording in (plain, verbose):
+            found = re.fullmatch(wording.format(**GROUPS), sentence)
+            if found:
+                return verbose.format(**found.groupdict()), holds, found.groupdict()
+    return "", lambda: False, {}
+
+
 def hesitate(rng, steps):
     """The sentences of the verbose style: the steps R1-style, hesitating and checking twice."""
-    yield rng.choice(FILLERS[:2])
+    sentences = [rng.choice(FILLERS[:2])]
     for step in steps:
-        found = ((re.fullmatch(plain.format(**GROUPS), step), words) for plain, words, _ in CLAIMS)
-        said = next(words.format(**match.groupdict()) for match, words in found if match)
-        yield said
-        if rng.random() < 0.4:
-            yield from (rng.choice(FILLERS[2:4]), said)
-    yield rng.choice(FILLERS[4:])
+        said, _, _ = claim_of(step)
+        check = [rng.choice(FILLERS[2:4]), said] if rng.random() < 0.4 else []
+        sentences += [said, *check]
+    return [*sentences, rng.choice(FILLERS[4:])]
 
 
 def is_true(scene, sentence):
     """Whether a sentence makes one of the CLAIMS, in either wording, and the scene bears it out."""
-    return any(holds(**{name: matching(scene, value) if name == "a" else int(value)
-                        for name, value in found.groupdict().items()})
-               for *wordings, holds in CLAIMS for wording in wordings
-               if (found := re.fullmatch(wording.format(**GROUPS), sentence)))
+    _, holds, said = claim_of(sentence)
+    values = {name: matching(scene, text) if name == "a" else int(text)
+              for name, text in said.items()}
+    return holds(**values)
 
 
 def check_steps(scene, text):
     """[(sentence, whether it says something true)]; None for a filler, which claims nothing."""
-    sentences = filter(None, (part.strip() for part in re.split(r"\.(?:\s|$)", text)))
-    return [(s, None if s in FILLERS else len(s) < 100 and is_true(scene, s)) for s in sentences]
+    parts = [part.strip() for part in re.split(r"\.(?:\s|$)", text)]
+    return [(part, None if part in FILLERS else is_true(scene, part)) for part in parts if part]
 
 
 def world_example(split, index, style="canonical", words=False):
     """The same on every machine, whatever else was drawn. words: described instead of painted."""
     if split not in SPLITS or not str(index).isdecimal():
         raise DataError(f"{split}/{index}: expected a number and one of {', '.join(SPLITS)}")
-    rng = random.Random(f"{'test' if split == 'text' else split}/{index}")
+    source = "test" if split == "text" else split    # text: the test's questions, in words
+    rng = random.Random(f"{source}/{index}")
     family = list(FAMILIES)[int(index) % len(FAMILIES)]
     scene = make_scene(rng, split, family)
     values, steps, answer = ask(rng, scene, family)
     *known, new = FAMILIES[family]
-    text = (new if split == "ood" else rng.choice(known)).format(**values)
+    question = (new if split == "ood" else rng.choice(known)).format(**values)
     sentences = hesitate(rng, steps) if style == "verbose" else steps
-    response = tagged(answer, ". ".join(sentences) + "." if style != "answer" else "")
+    response = tagged(answer, "" if style == "answer" else ". ".join(sentences) + ".")
     images = [] if words or split == "text" else [paint(scene)]
-    text = IMAGE + text if images else f"The table: {describe(scene)} {text}"
-    return Example(f"{split}/{index}", text, answer, response, images, family=family, scene=scene)
+    question = IMAGE + question if images else f"The table: {describe(scene)} {question}"
+    return Example(f"{split}/{index}", question, answer, response, images, family=family, scene=scene)
 
 
 # kinds of pretraining example and their shares in percent
@@ -230,33 +280,37 @@ BASE_MIX = {"caption": 6, "counts": 34, "boxes": 8, "answer": 28, "reasoned": 13
 def base_example(index):
     """Pretraining for a model that can reason but mostly answers at once, as instruct models do."""
     rng = random.Random(f"base/{index}")
-    kind, = rng.choices(list(BASE_MIX), list(BASE_MIX.values()))
+    kind = rng.choices(list(BASE_MIX), list(BASE_MIX.values()))[0]
     style = "canonical" if kind == "reasoned" else "answer"
     example = world_example("train", 10_000_000 + index, style, words=kind == "text")
-    things, single = example.scene, singles(example.scene)
-    if kind == "counts":             # mostly in any order: where a small model learns to count
-        phrases = [*SHAPES, *(f"{colour} shape" for colour in COLOURS)]
-        if rng.random() < 0.85:
-            rng.shuffle(phrases)
-            phrases[4:] = [pick_phrase(rng, things, "pair") for _ in range(2)]
-        said = [f"{phrase}s: {len(matching(things, phrase))}." for phrase in phrases]
-        question = "Count everything."
-    elif kind == "boxes" and single:
-        some = rng.sample(single, min(3, len(single)))
-        question = f"Box {', '.join(map(named, some))}."
-        said = [f"{named(thing)}: {list(thing.box)}." for thing in some]
+    things, alone = example.scene, singles(example.scene)
+    if kind == "counts":
+        question, response = "Count everything.", count_everything(rng, things)
+    elif kind == "boxes" and alone:
+        boxed = rng.sample(alone, min(3, len(alone)))
+        question = f"Box {', '.join(map(kind_of, boxed))}."
+        response = " ".join(f"{kind_of(thing)}: {list(thing.box)}." for thing in boxed)
     elif kind in ("caption", "boxes"):
-        question, said = "Describe the table.", [describe(things)]
+        question, response = "Describe the table.", describe(things)
     else:
         return example
-    return replace(example, question=IMAGE + question, response=" ".join(said))
+    return replace(example, question=IMAGE + question, response=response)
+
+
+def count_everything(rng, things):
+    """Counts, mostly of some phrases in any order: where a small model learns to count."""
+    phrases = [*SHAPES, *(f"{colour} shape" for colour in COLOURS)]
+    if rng.random() < 0.85:
+        rng.shuffle(phrases)
+        phrases[4:] = [pick_phrase(rng, things, "pair") for _ in range(2)]
+    return " ".join(f"{phrase}s: {len(matching(things, phrase))}." for phrase in phrases)
 
 
 class World:
     """A split of the tabletop world as a sequence: `World("train")[7]`."""
     def __init__(self, split, style="canonical", size=20_000):
-        world = functools.partial(world_example, split, style=style)
-        self.make, self.indices = base_example if split == "base" else world, range(size)
+        self.make = base_example if split == "base" else partial(world_example, split, style=style)
+        self.indices = range(size)
 
     def __len__(self):
         return len(self.indices)
@@ -266,10 +320,128 @@ class World:
 
 
 # ------------------------------------------------------------------------------- JSONL files
-ROLES = dict(human="user", gpt="assistant", system="system", user="user", assistant="assistant")
+def read_jsonl(path, convert=None, skip_bad_rows=False):
+    """The rows of a .jsonl file, or of a .json file that is a list; blank lines are none.
+
+    convert(row, where) makes of a row what is kept; `where` is file:line, or file:place in a list.
+    A row is bad if it is not JSON or if `convert` raises a DataError: the first one ends the
+    reading with a DataError, or with skip_bad_rows all are left out and counted."""
+    try:
+        content = Path(path).read_text(encoding="utf-8-sig")
+        is_list = content.lstrip().startswith("[")
+        lines = [json.dumps(row) for row in json.loads(content)] if is_list else content.split("\n")
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not a readable .jsonl or .json file ({error})") from None
+    places = {f"{path}:{number}": line for number, line in enumerate(lines, 1) if line.strip()}
+    rows, bad = [], []
+    for where, line in places.items():
+        try:
+            row = json.loads(line)
+            rows.append(convert(row, where) if convert else row)
+        except (ValueError, RecursionError) as error:
+            bad.append(f"{where}: {'' if isinstance(error, DataError) else 'not JSON: '}{error}")
+            if not skip_bad_rows:
+                raise DataError(f"{bad[0]}; mend the row, or --skip-bad-rows") from None
+    if bad:
+        print(f"{path}: skipped {len(bad)} bad rows of {len(bad) + len(rows)}; first: {bad[0]}")
+    return rows
 
 
-@functools.lru_cache(maxsize=4)      # questions about one picture mostly follow one another
+# What tools call the same part of an example; of several that a row has, the first counts.
+NAMES = dict(question=("problem", "question", "prompt"), response=("completion", "output"),
+             answer=("answer", "ground_truth", "solution"), rationale=("rationale", "thinking"),
+             images=("images", "image", "image_path"))
+
+
+def field_of(row, convert, expected, part):
+    """What `convert` makes of this part of the row, under the first of its names; None if absent.
+    Like a type of argparse, `convert` raises for a value that is not `expected`."""
+    given = [name for name in NAMES.get(part, [part]) if row.get(name) is not None]
+    try:
+        return convert(row[given[0]]) if given else None
+    except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError):
+        raise DataError(f"field {given[0]}: expected {expected}, got {row[given[0]]!r:.80}") from None
+
+
+def as_text(value):
+    """Fails for half a character too (a lone surrogate): JSON can hold it, UTF-8 cannot."""
+    return str.encode(value).decode()
+
+
+def as_answer(value):
+    """A number or a text -> text."""
+    return str(value) if type(value) in (int, float) else as_text(value)
+
+
+def as_choices(value):
+    if not isinstance(value, list) or not 2 <= len(value) <= 26:
+        raise ValueError
+    return [as_answer(choice) for choice in value]
+
+
+def as_chat(messages):
+    """-> {role: text}, a picture in a text as `<image>`."""
+    chat = {message["role"]: as_message(message["content"]) for message in messages}
+    if len(chat) < len(messages) or not set(chat) <= {"system", "user", "assistant"}:
+        raise ValueError
+    return chat
+
+
+def as_message(content):
+    """A text, or parts that are texts and pictures -> text"""
+    parts = [dict(text=content)] if isinstance(content, str) else content
+    return "".join(IMAGE if one.get("type") == "image" else as_text(one["text"]) for one in parts)
+
+
+def as_images(value, root):
+    """-> [bytes, or a path inside `root`]"""
+    images = []
+    for item in value if isinstance(value, list) else [value]:
+        image = item if isinstance(item, dict) else dict(path=item)
+        if image.get("bytes"):
+            images.append(base64.b64decode(image["bytes"], validate=True))
+        else:                        # relative_to fails for what lies elsewhere
+            images.append(root / (root / image["path"]).resolve().relative_to(root))
+    return images
+
+
+def read_row(row, where, root):
+    """One row -> Example, its pictures looked at: bad ones show before training.
+
+    Question and response come from the chat in `messages` if there is one, else from flat fields;
+    answer and system prompt from their own fields, else from the response and from the chat."""
+    if not isinstance(row, dict):
+        raise DataError(f"expected an object, got {row!r:.80}")
+    text = partial(field_of, row, as_text, "text")
+    chat = field_of(row, as_chat, "one text each of system, user, assistant", "messages") or {}
+    task = filter(None, [text("instruction"), text("input")])        # Alpaca's
+    question = chat.get("user") or text("question") or "\n".join(task)
+    said = chat.get("assistant") or text("response") or ""
+    answer = field_of(row, as_answer, "text or a number", "answer")
+    answer = extract_answer(said if answer is None else answer)
+    for part, value in (("question", question), ("answer", answer)):
+        if not value.strip():
+            raise DataError(f"no {part}: expected messages, or text in one of the fields "
+                            f"{', '.join(NAMES[part])}; got the fields {list(row)!r:.200}")
+    rationale = re.sub("</?think>", "", text("rationale") or "").strip()
+    response = said or tagged(answer, rationale)
+    system = text("system") or chat.get("system", "")
+    images = field_of(row, partial(as_images, root=root), "a path that never leaves the data "
+                      "directory, base64 bytes, or a list of these", "images") or []
+    choices = field_of(row, as_choices, "2 to 26 texts or numbers", "choices")
+    question += "".join(f"\n({chr(ord('A') + i)}) {one}" for i, one in enumerate(choices or []))
+    if IMAGE not in question:
+        question = IMAGE * len(images) + question
+    if question.count(IMAGE) != len(images) or IMAGE in system + response:
+        raise DataError(f"{question.count(IMAGE)} {IMAGE} in the question, {len(images)} images: "
+                        "write one for each, or none to put all images first; elsewhere none")
+    name = where if row.get("id") is None else str(row["id"])
+    example = Example(name, question, answer, response, images, choices, system)
+    example.pictures()
+    return example
+
+
+@lru_cache(maxsize=4)      # questions about one picture mostly follow one another
 def open_image(source):
     """Bytes or a path -> RGB picture, or a DataError."""
     try:                             # not every format of Pillow's: EPS would start Ghostscript
@@ -279,116 +451,10 @@ def open_image(source):
         raise DataError(f"{source!s:.200} is not a readable image: {error}") from None
 
 
-def take(row, convert, *names, **options):
-    """What `convert` makes of the first of these fields that the row has; None if it has none."""
-    name = next((name for name in names if row.get(name) is not None), None)
-    try:
-        return name and convert(row[name], **options)
-    except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError):
-        raise DataError(f"field {name}: expected {convert.__doc__}, got {row[name]!r:.80}")
-
-
-# What `take` converts with; each fails, one way or another, for what its docstring does not name.
-def text(value):
-    """text"""
-    return value.encode().decode()               # fails for half a character (a lone surrogate)
-
-
-def number_or_text(value):
-    """text or a number"""
-    return str(value) if type(value) in (int, float) else text(value)
-
-
-def options(value):
-    """2 to 26 texts or numbers"""
-    if not isinstance(value, list) or not 2 <= len(value) <= 26:
-        raise ValueError
-    return [number_or_text(item) for item in value]
-
-
-def image_sources(value, root):
-    """a path that never leaves the data directory, base64 bytes, or a list of these"""
-    items = value if isinstance(value, list) else [value]
-    items = [item if isinstance(item, dict) else dict(path=item) for item in items]
-    return [base64.b64decode(item["bytes"], validate=True) if item.get("bytes")
-            else root / (root / item["path"]).resolve().relative_to(root) for item in items]
-
-
-def spoken(messages):
-    """messages with text, at most one of a role"""
-    turns = {}
-    for message in messages if isinstance(messages, list) else []:
-        name = ROLES[message.get("role", message.get("from"))] + " message"
-        content = message.get("content", message.get("value"))
-        parts = [dict(text=content)] if isinstance(content, str) else content
-        texts = [IMAGE if part.get("type") == "image" else text(part["text"]) for part in parts]
-        turns = dict(**turns, **{name: "".join(texts)})          # fails for a second one
-    return turns
-
-
-def extract_answer(text):
-    """What stands in the last <answer> tags, else the text without its <think> part; where that
-    has a \\boxed{...}, what stands in the last one."""
-    found = re.findall(r"<answer>(.*?)</answer>", text, re.S)
-    text = found[-1] if found else re.sub(r"<think>.*?(?:</think>|$)", "", text, flags=re.S)
-    inside = text.rpartition("\\boxed{")[2] if "\\boxed{" in text else ""
-    depths = list(accumulate((letter == "{") - (letter == "}") for letter in inside))
-    return (inside[:depths.index(-1)] if -1 in depths else text).strip()
-
-
-def read_row(row, root, where):
-    """One row of any layout -> Example, its pictures looked at: bad ones show before training."""
-    if not isinstance(row, dict):
-        raise DataError(f"expected an object, got {row!r:.80}")
-    for name in ("messages", "conversations", "prompt", "completion"):
-        row = (take(row, spoken, name) or {}) | row
-    asked = ("user message", "problem", "question", "prompt")
-    said = ("assistant message", "completion", "output")
-    answers = ("answer", "ground_truth", "solution", *said)
-    lines = [take(row, text, name) for name in ("instruction", "input")]
-    question = take(row, text, *asked) or "\n".join(filter(None, lines))
-    answer = extract_answer(take(row, number_or_text, *answers) or "")
-    for part, value, names in (("question", question, (*asked, "instruction")),
-                               ("answer", answer, answers)):
-        if not value.strip():
-            raise DataError(f"no {part}: expected text in one of the fields {', '.join(names)}; "
-                            f"got the fields {list(row)!r:.200}")
-    thought = re.sub("</?think>", "", take(row, text, "rationale", "thinking") or "").strip()
-    system = take(row, text, "system", "system message") or ""
-    response = take(row, text, *said) or tagged(answer, thought)         # what imitation learns
-    images = take(row, image_sources, "images", "image", "image_path", root=root) or []
-    choices = take(row, options, "choices")
-    question += "".join(f"\n({chr(65 + i)}) {choice}" for i, choice in enumerate(choices or ()))
-    question = question if IMAGE in question else IMAGE * len(images) + question
-    if question.count(IMAGE) != len(images) or IMAGE in system + response:
-        raise DataError(f"{question.count(IMAGE)} {IMAGE} in the question, {len(images)} images: "
-                        "write one for each, or none to put all images first; elsewhere none")
-    name = str(where if row.get("id") is None else row["id"])
-    example = Example(name, question, answer, response, images, choices, system)
-    example.pictures()
-    return example
-
-
-@functools.cache
+@cache
 def read_examples(path, skip_bad_rows=False):
-    """A .jsonl or .json file of any layout -> [Example]; image paths are relative to the file."""
-    path, examples, bad = pathlib.Path(path), [], []
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-        listed = content.lstrip().startswith("[")
-        lines = [json.dumps(row) for row in json.loads(content)] if listed else content.split("\n")
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: neither «world» nor a .jsonl or .json file ({error})") from None
-    rows = {f"{path}:{number}": line for number, line in enumerate(lines, 1) if line.strip()}
-    for where, line in rows.items():                 # its line, or its place in the list
-        try:
-            examples.append(read_row(json.loads(line), path.parent.resolve(), where))
-        except (ValueError, RecursionError) as error:
-            bad.append(f"{where}: {'' if isinstance(error, DataError) else 'not JSON: '}{error}")
-            if not skip_bad_rows:
-                raise DataError(f"{bad[0]}; mend the row, or --skip-bad-rows") from None
-    if bad:
-        print(f"{path}: skipped {len(bad)} bad rows of {len(bad) + len(examples)}; first: {bad[0]}")
+    """A .jsonl or .json file -> [Example]; image paths are relative to the file."""
+    examples = read_jsonl(path, partial(read_row, root=Path(path).parent.resolve()), skip_bad_rows)
     if not examples:
         raise DataError(f"{path}: no usable row")
     return examples
@@ -419,43 +485,46 @@ def train_tokenizer(examples, vocabulary=2048):
     digits = pre_tokenizers.Split(Regex(r" ?\d"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(False)])
     tokenizer.decoder = decoders.ByteLevel()
-    texts = (f"{example.question} {example.response}" for example in examples)
+    texts = [f"{example.question} {example.response}" for example in examples]
     texts = [re.sub("</?(image|think|answer)>", "\n", text) for text in texts]
-    tokenizer.train_from_iterator(texts + ["User:", "Assistant:"] * 20, trainers.BpeTrainer(
-        vocab_size=vocabulary, min_frequency=8, show_progress=False,
-        special_tokens=[PAD, START, STOP, AROUND, GLOBAL, IMAGE],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    tokenizer.add_tokens([AddedToken(tag, lstrip=True, normalized=False)
-                          for tag in ("<think>", "</think>", "<answer>", "</answer>")])
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, min_frequency=8, show_progress=False,
+                                  special_tokens=[PAD, START, STOP, AROUND, GLOBAL, IMAGE],
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(texts + ["User:", "Assistant:"] * 20, trainer)
+    tags = ("<think>", "</think>", "<answer>", "</answer>")
+    tokenizer.add_tokens([AddedToken(tag, lstrip=True, normalized=False) for tag in tags])
     return tokenizer
+
+
+def resize_longer(image, longer, step):
+    """The longer side to `longer`, the shorter to a multiple of `step`, as transformers rounds."""
+    ratio = image.width / image.height
+    shorter = int(longer / ratio if ratio >= 1 else longer * ratio)
+    shorter = max(math.ceil(shorter / step) * step, 1)
+    return image.resize((longer, shorter) if ratio >= 1 else (shorter, longer), Image.LANCZOS)
 
 
 def image_tiles(image, tile, longest_edge):
     """Idefics3's preprocessing -> [tiles, then the global view], rows, columns (0, 0: one tile)."""
-    def scaled(image, longer, step):
-        """The shorter side a multiple of `step`, in the arithmetic of transformers."""
-        ratio = image.width / image.height
-        short = int(longer / ratio if ratio >= 1 else longer * ratio)
-        short = max(short + -short % step, 1)
-        return image.resize((longer, short) if ratio >= 1 else (short, longer), Image.LANCZOS)
-
-    image, rows, columns = scaled(image, longest_edge, 2), 0, 0
+    image = resize_longer(image, longest_edge, 2)
+    rows = columns = 0
     if longest_edge > tile:
-        image = scaled(image, math.ceil(max(image.size) / tile) * tile, tile)
-        columns, rows = (side // tile for side in image.size)
-    tiles = [image.crop((c * tile, r * tile, (c + 1) * tile, (r + 1) * tile))
-             for r in range(rows) for c in range(columns)]
-    return tiles + [image.resize((tile, tile), Image.LANCZOS)], rows, columns
+        image = resize_longer(image, math.ceil(max(image.size) / tile) * tile, tile)
+        columns, rows = image.width // tile, image.height // tile
+    tiles = [image.crop((left, top, left + tile, top + tile))
+             for top in range(0, rows * tile, tile) for left in range(0, columns * tile, tile)]
+    return [*tiles, image.resize((tile, tile), Image.LANCZOS)], rows, columns
 
 
 def smart_resize(width, height, factor, most):
     """Qwen2-VL: both sides to multiples of factor, the area between 4 factor² and `most`."""
     if max(width, height) > 200 * min(width, height):
         raise DataError(f"a picture of {width}x{height}: one side is over 200 times the other")
-    sides, least = [round(side / factor) * factor for side in (width, height)], 4 * factor ** 2
+    least = 4 * factor ** 2
+    sides = [round(side / factor) * factor for side in (width, height)]
     if sides[0] * sides[1] > most:
         scale = math.sqrt(width * height / most)
-        sides = [max(factor, math.floor(s / scale / factor) * factor) for s in (width, height)]
+        sides = [max(factor, math.floor(side / scale / factor) * factor) for side in (width, height)]
     elif sides[0] * sides[1] < least:
         scale = math.sqrt(least / (width * height))
         sides = [math.ceil(side * scale / factor) * factor for side in (width, height)]
@@ -480,14 +549,21 @@ class Batch:
     counts: torch.Tensor             # (B, 2) rows of pixels and of grids that belong to a prompt
 
     def to(self, device):
-        return Batch(*(value.to(device) for value in vars(self).values()))
+        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
     def part(self, start, stop):
         """Prompts start to stop - 1, with their pictures."""
-        pixels, grids = (slice(n[:start].sum(), n[:stop].sum()) for n in self.counts.T)
-        rows = slice(start, stop)
-        return Batch(self.ids[rows], self.lengths[rows], self.positions[rows], self.pixels[pixels],
-                     self.grids[grids], self.counts[rows])
+        first_pixel, first_grid = self.counts[:start].sum(0).tolist()
+        end_pixel, end_grid = self.counts[:stop].sum(0).tolist()
+        return Batch(self.ids[start:stop], self.lengths[start:stop], self.positions[start:stop],
+                     self.pixels[first_pixel:end_pixel], self.grids[first_grid:end_grid],
+                     self.counts[start:stop])
+
+
+def pieces(start, stop, size):
+    """[(first, last + 1)] of the passes over start..stop, `size` at a time; 0: all at once."""
+    size = size or max(1, stop - start)
+    return [(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 def pad_rows(rows, pad):
@@ -500,13 +576,14 @@ def pad_rows(rows, pad):
 def rope_positions(ids, grids, image):
     """M-RoPE (Qwen2-VL, section 2.1): text counts on in all three; the tokens of a picture share a
     time and have its rows and columns; what follows starts at the largest. (T,) -> (T, 3)"""
-    positions = torch.arange(len(ids))[:, None].repeat(1, 3)
-    starts = grids and ((ids == image) & (ids.roll(1) != image)).nonzero()[:, 0].tolist()
+    positions = torch.arange(len(ids))[:, None].repeat(1, 3)                  # (T, 3)
+    in_picture = ids == image                                                 # (T,)
+    starts = (in_picture & ~in_picture.roll(1)).nonzero()[:, 0].tolist()
     for start, (rows, columns) in zip(starts, grids):
-        step = torch.arange(rows * columns)
-        inside = torch.stack([step * 0, step // columns, step % columns], 1)
-        positions[start + len(step):] += max(rows, columns) - len(step)
-        positions[start:start + len(step)] = positions[start] + inside
+        stop = start + rows * columns
+        inside = torch.ones(1, rows, columns).nonzero()      # (stop - start, 3) in reading order
+        positions[start:stop] = positions[start] + inside
+        positions[stop:] += max(rows, columns) - rows * columns
     return positions
 
 
@@ -518,12 +595,14 @@ PROMPT = dict(system="", instruction="", answer_format="tags", longest_edge=0)
 class Processor:
     """All that stands between text and ids for one checkpoint; here SmolVLM's and Idefics3's.
     files: {name: text}, what other programs read of it; kept as it came."""
+    # LEAD: between prompt and response; EDGE: pixels, for a longest_edge of 0, or None: one tile
     IMAGE, STOP, PAD, LEAD, EDGE = IMAGE, STOP, PAD, " ", None
     MEAN = STD = (0.5, 0.5, 0.5)
 
     def __init__(self, tokenizer, tile, image_tokens, prompt=None, files=None):
         self.tokenizer, self.tile, self.image_tokens = tokenizer, tile, image_tokens
-        self.style, self.files = PROMPT | (prompt or {}), files or {}
+        self.style = PROMPT | (prompt or {})
+        self.files = files or {}
         self.stop, self.image, pad = map(tokenizer.token_to_id, (self.STOP, self.IMAGE, self.PAD))
         self.pad = 2 if pad is None else pad
         self.longest_edge = self.style["longest_edge"] or self.EDGE or tile
@@ -536,12 +615,15 @@ class Processor:
     def picture(self, image):
         """-> its place in the prompt, [pixels (1, 3, S, S)], [its grid, where positions need it]"""
         tiles, rows, columns = image_tiles(image, self.tile, self.longest_edge)
-        one, text = self.IMAGE * self.image_tokens, ""
+        tokens = self.IMAGE * self.image_tokens
+        place = ""
         for row in range(1, rows + 1):
-            names = [f"<row_{row}_col_{column}>" for column in range(1, columns + 1)]
-            text += "".join(f"{AROUND}{name}{one}" for name in names) + "\n"
-        text += "\n" * (rows > 0) + f"{AROUND}{GLOBAL}{one}{AROUND}"
-        return text, [pixel_array(tile, self.MEAN, self.STD)[None] for tile in tiles], []
+            for column in range(1, columns + 1):
+                place += f"{AROUND}<row_{row}_col_{column}>{tokens}"
+            place += "\n"
+        blank = "\n" if rows else ""
+        place += f"{blank}{AROUND}{GLOBAL}{tokens}{AROUND}"
+        return place, [pixel_array(tile, self.MEAN, self.STD)[None] for tile in tiles], []
 
     def template(self, system, text):
         system = f"System: {system}{STOP}\n" if system else ""
@@ -550,13 +632,15 @@ class Processor:
 
     def prompt(self, example):
         """-> (prompt text with expanded pictures, their pixels, their grids)."""
-        (text, *parts), pixels, grids = example.question.split(IMAGE), [], []
+        text, *parts = example.question.split(IMAGE)
+        pixels, grids = [], []
         for image, part in zip(example.pictures(), parts):
-            place, some, grid = self.picture(image)
+            place, own_pixels, own_grids = self.picture(image)
             text += place + part
-            pixels += some
-            grids += grid
-        text += f"\n{self.style['instruction']}" if self.style["instruction"] else ""
+            pixels += own_pixels
+            grids += own_grids
+        if self.style["instruction"]:
+            text += f"\n{self.style['instruction']}"
         return self.template(example.system or self.style["system"], text), pixels, grids
 
     def encode(self, text):
@@ -573,30 +657,32 @@ class Processor:
         return self.encode(self.LEAD + text) + [self.stop]
 
     def batch(self, examples):
+        """-> Batch of the prompts of these examples."""
         texts, pixels, grids = zip(*(self.prompt(example) for example in examples))
         ids, lengths = pad_rows([self.encode(text) for text in texts], self.pad)
-        positions = torch.stack([rope_positions(*row, self.image) for row in zip(ids, grids)])
-        counts = [[sum(map(len, some)), len(grid)] for some, grid in zip(pixels, grids)]
-        arrays = [array for some in pixels for array in some]
-        pixels = torch.from_numpy(numpy.concatenate(arrays)) if arrays else torch.zeros(0)
-        grids = torch.tensor([grid for some in grids for grid in some]).long().view(-1, 2)
-        return Batch(ids, lengths, positions, pixels, grids, torch.tensor(counts))
+        positions = [rope_positions(row, own, self.image) for row, own in zip(ids, grids)]
+        counts = [[sum(map(len, arrays)), len(own)] for arrays, own in zip(pixels, grids)]
+        pixels = [array for own in pixels for array in own]
+        pixels = torch.from_numpy(numpy.concatenate(pixels)) if pixels else torch.zeros(0)
+        grids = torch.tensor([grid for own in grids for grid in own]).long().view(-1, 2)
+        return Batch(ids, lengths, torch.stack(positions), pixels, grids, torch.tensor(counts))
 
     def prepare(self, examples):
         """What a step needs of its examples: themselves, their prompts, their responses' ids."""
-        return examples, self.batch(examples), [self.response_ids(e.response) for e in examples]
+        return examples, self.batch(examples), [self.response_ids(one.response) for one in examples]
 
     def prefetch(self, examples, batches, device):
         """Yields `prepare` of each batch of indices; for a GPU workers make it ahead of time."""
-        workers = max(1, min(4, os.cpu_count() // 2)) if device == "cuda" else 0
+        ahead = device == "cuda" and hasattr(os, "fork")     # Windows has none
+        workers = max(1, min(4, os.cpu_count() // 2)) if ahead else 0
         return DataLoader(examples, batch_sampler=batches, collate_fn=self.prepare,
-                          num_workers=workers, multiprocessing_context="fork" if workers else None)
+                          num_workers=workers, multiprocessing_context="fork" if ahead else None)
 
     def banned(self, vocabulary):
         """(V,) True for ids that only prompts may hold, and for ids without a token."""
         added, size = self.tokenizer.get_added_tokens_decoder(), self.tokenizer.get_vocab_size()
-        banned = {self.image, *range(size, vocabulary), *(i for i in added if added[i].special)}
-        return torch.tensor([i in banned and i != self.stop for i in range(vocabulary)])
+        banned = {self.image, *(i for i, token in added.items() if token.special)} - {self.stop}
+        return torch.tensor([i in banned or i >= size for i in range(vocabulary)])
 
 
 class QwenProcessor(Processor):
@@ -612,19 +698,11 @@ class QwenProcessor(Processor):
         width, height = smart_resize(*image.size, self.tile, self.longest_edge ** 2)
         rows, columns, patch = height // self.tile, width // self.tile, self.tile // 2
         pixels = pixel_array(image.resize((width, height), Image.BICUBIC), self.MEAN, self.STD)
-        patches = pixels.reshape(3, 1, rows, 2, patch, columns, 2, patch).repeat(2, 1)
-        patches = patches.transpose(2, 5, 3, 6, 0, 1, 4, 7).reshape(rows * columns * 4, -1)
+        frames = pixels.reshape(3, 1, rows, 2, patch, columns, 2, patch).repeat(2, 1)
+        patches = frames.transpose(2, 5, 3, 6, 0, 1, 4, 7).reshape(rows * columns * 4, -1)
         place = f"<|vision_start|>{self.IMAGE * (rows * columns)}<|vision_end|>"
         return place, [patches], [(rows, columns)]
 
     def template(self, system, text):
         return (f"<|im_start|>system\n{system or 'You are a helpful assistant.'}<|im_end|>\n"
                 f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
-
-
-def pieces(start, stop, size):
-    return [(i, min(i + (size or stop), stop)) for i in range(start, stop, size or stop)]
-
-
-def read_jsonl(path, convert=None, skip_bad_rows=False):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]

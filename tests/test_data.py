@@ -41,7 +41,7 @@ def places(scene):
 
 
 def worth(question, family, scene):
-    """The answer, read off the words and the scene; knows nothing of data.Question."""
+    """The answer, read off the words and the scene by other code than data.ask's."""
     text = re.sub(r"row \d: [^.]+\.", "", question).lower()
     found = [[t for t in scene if colour in ("", t.colour) and shape in ("shape", t.shape)]
              for colour, shape in NOUNS.findall(text)]
@@ -248,23 +248,22 @@ LAYOUTS = {     # tool: row, question, answer, response
     "r1v thought": (dict(problem="?", thinking="1, 2", solution=SPACED), "?", "3", COT + THREE),
     "r1v tags": (dict(problem="?", thinking=COT, solution=SPACED), "?", "3", COT + THREE),
     "r1v eval": (dict(image_path="a.png", question=PLAIN, ground_truth="3"), Q, "3", THREE),
-    "vlm-r1": (dict(id=1, image="a.png", conversations=human(Q, "0")), Q, "0", "0"),
-    "vlm-r1 two": (dict(id=1, image=["a.png", "b.png"], conversations=human("Same?", "no")),
-                   "<image><image>Same?", "no", "no"),
-    "sharegpt": (dict(images=["a.png"], system="Be brief.", conversations=human(Q, COT + "3")),
-                 Q, "3", COT + "3"),
+    "two pictures": (dict(id=1, image=["a.png", "b.png"], question="Same?", output="no"),
+                     "<image><image>Same?", "no", "no"),
     "alpaca": (dict(instruction="Add.", input="1, 2", output="3"), "Add.\n1, 2", "3", "3"),
     "alpaca bare": (dict(instruction="Add.", input="", output=COT + "3"), "Add.", "3", COT + "3"),
-    "trl": (dict(messages=[USER, told("3", "assistant")], image="a.png"), Q, "3", "3"),
-    "trl parts": (dict(image={"path": "a.png"}, messages=[
+    "chat": (dict(messages=[USER, told("3", "assistant")], image="a.png"), Q, "3", "3"),
+    "chat parts": (dict(image={"path": "a.png"}, messages=[
         PARTS, told([dict(type="text", text=THREE)], "assistant")]), Q, "3", THREE),
-    "trl completion": (dict(images=["a.png"], prompt=[USER], completion=[told(THREE, "assistant")]),
-                       Q, "3", THREE),
+    "chat and fields": (dict(messages=[told("?"), told("1", "assistant")], problem="2?", answer="3",
+                             completion="4"), "?", "3", "1"),
+    "chat question": (dict(messages=[PARTS], image="a.png", solution="3"), Q, "3", THREE),
     "trl text": (dict(prompt="1 + 2?", completion=THREE), "1 + 2?", "3", THREE),
-    "trl mixed": (dict(prompt=[USER], problem="2?", completion=THREE), PLAIN, "3", THREE),
     "trl twice": (dict(prompt="?", completion=f"{SPACED}? 4. <answer>4</answer>"), "?", "4",
                   f"{SPACED}? 4. <answer>4</answer>"),
-    "trl grpo": (dict(prompt=[PARTS], image="a.png", solution="3"), Q, "3", THREE),
+    "first of several": (dict(problem="?", question="q", prompt="p", instruction="i", input="j",
+                              answer="3", solution="4", completion=COT + "5", output="6"),
+                         "?", "3", COT + "5"),
     "ours": (dict(id="x", image="a.png", question=PLAIN, answer="3", rationale="1, 2",
                   choices=["2", 3]), Q + "\n(A) 2\n(B) 3", "3", COT + THREE),
     "zero": (dict(question="?", answer=0, choices=None), "?", "0", "<answer>0</answer>"),
@@ -275,7 +274,8 @@ LAYOUTS = {     # tool: row, question, answer, response
 
 @pytest.mark.parametrize("tool", LAYOUTS)
 def test_layouts(read, tool):
-    """Files of the common tools, as they are; R1-V's `thinking` brings its own `<think>`."""
+    """Flat fields by their names in the common tools, and chats; what wins where a row has both.
+    R1-V's `thinking` brings its own `<think>`."""
     whole, *expected = LAYOUTS[tool]
     for kind, text in (("jsonl", json.dumps(whole) + "\r\n\n"), ("json", json.dumps([whole]))):
         example, = read(raw=text.encode(), kind=kind)
@@ -284,17 +284,35 @@ def test_layouts(read, tool):
         assert [p.size for p in example.pictures()] == [(64, 64)] * expected[0].count("<image>")
 
 
+@pytest.mark.parametrize("fields, system", [({}, "Be brief."), (dict(system="Look."), "Look.")])
+def test_system_of_a_chat(read, fields, system):
+    """A field of its own wins over a chat's first message."""
+    chat = [told("Be brief.", "system"), USER, told("3", "assistant")]
+    assert read(dict(messages=chat) | fields)[0].system == system
+
+
 BAD = {     # what the message says: rows
     "object": [[], None, 5, "text"],
     "question": [{}, dict(answer="a"), *(row(question=q) for q in (" ", ["q"], 5, "\ud800"))],
     "instruction|input": [dict(instruction=5, output="a"),
                           dict(instruction="q", input=["x"], output="a")],
-    "messages|question": [dict(messages=value, answer="a") for value in (
-        "hello", 5, USER, ["hello"], [None], [[]], [], [dict(role="user")], [told(None)], [told(5)],
-        [told("q", ["user"])], [told(["q"])], [told("q", "tool")], [told("q", "assistant")],
-        [told([dict(type="text", text=None)])], [USER, USER])],
-    "answer": [dict(question="q"), dict(messages=[USER]), *(row(answer=answer) for answer in (
-        "", " ", "<answer> </answer>", True, ["a"], {}))],
+    "field messages: expected one text each of system, user, assistant, got": [
+        dict(messages=value, answer="a") for value in (
+            "hello", 5, USER, ["hello"], [None], [[]], [dict(role="user")], [told(None)], [told(5)],
+            [told("q", ["user"])], [told(["q"])], [told("q", "tool")], [USER, USER],
+            [told([dict(type="text", text=None)])], human(Q, "0"))],
+    "no question": [dict(messages=value, answer="a") for value in ([], [told("q", "assistant")])],
+    # layouts that are to be converted first
+    "no question: .*one of the fields problem, .*the fields .*'conversations'": [
+        dict(id=1, image="a.png", conversations=human(Q, "0")),
+        dict(images=["a.png"], system="Be brief.", conversations=human(Q, COT + "3"))],
+    "field prompt: expected text, got .*role": [
+        dict(images=["a.png"], prompt=[USER], completion=[told(THREE, "assistant")]),
+        dict(prompt=[PARTS], image="a.png", solution="3")],
+    "field completion: expected text, got .*role": [
+        dict(prompt="?", completion=[told(THREE, "assistant")])],
+    "answer": [dict(question="q"), dict(messages=[USER]), row(answer="", output="3"), *(
+        row(answer=answer) for answer in ("", " ", "<answer> </answer>", True, ["a"], {}))],
     "no.png is not a readable image: .*No such file": [row(image="no.png")],
     "is not a readable image": [row(image=name) for name in ("cut.png", "words.png", ".")],
     "36000000 pixels": [row(image="large.png")],        # before it is found to be cut off, too
@@ -323,7 +341,8 @@ def test_bad_rows(read, message, bad):
 @pytest.mark.parametrize("raw, message", [
     (b"", "no usable row"), (b"\n \n", "no usable row"), (b"[]", "no usable row"),
     (b'{"question": "q", "answer": "a"}\n{"question":', "jsonl:2: not JSON"),
-    (b'[{"question": "q", "answer": "a"}, ', "nor a .jsonl"), (b"[1]", ":1: expected an object"),
+    (b'[{"question": "q", "answer": "a"}, ', "not a readable .json"),
+    (b"[1]", ":1: expected an object"),
     (b"\xff\xfe\x00", "rows.jsonl"), (b'{"question": "\xe9", "answer": "a"}', "rows.jsonl"),
     (b'{"a": ' + b"[" * 99_999, "rows.jsonl"),
     (b'{"question": "q", "answer": ' + b"9" * 5000 + b"}", "rows.jsonl")], ids=range(10))
@@ -343,6 +362,25 @@ def test_skip_bad_rows(read, capsys):
     assert "skipped 3 bad rows of 5" in said and "rows.jsonl:1" in said
     with pytest.raises(data.DataError, match="no usable row"):
         read({}, {}, skip_bad_rows=True)
+
+
+def test_rows_of_any_file(tmp_path, capsys):
+    """What runs write themselves is read by the same reader: rows as they are, an empty file too;
+    the line that a killed run left half is named, or skipped and counted."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n\n[2]\n"three"\n')
+    assert data.read_jsonl(path) == [{"step": 1}, [2], "three"]
+    places = [f"{path}:{number}" for number in (1, 3, 4)]
+    assert data.read_jsonl(path, lambda row, where: where) == places
+    path.write_text(' [{"step": 1}, {"step": 2}]')
+    assert data.read_jsonl(str(path)) == [{"step": 1}, {"step": 2}]
+    path.write_text("")
+    assert data.read_jsonl(path) == [] and capsys.readouterr().out == ""
+    path.write_text('{"step": 1}\n{"step"')
+    with pytest.raises(data.DataError, match=r"metrics\.jsonl:2: not JSON: .*; mend the row"):
+        data.read_jsonl(path)
+    assert data.read_jsonl(path, skip_bad_rows=True) == [{"step": 1}]
+    assert "skipped 1 bad rows of 2; first: " in capsys.readouterr().out
 
 
 def test_split_of_a_file(read):
@@ -577,6 +615,14 @@ def test_qwen_prompts_are_those_of_its_template(tokenizer, question, sizes, syst
         after = max(place)
 
 
+@pytest.mark.parametrize("arguments, expected", [
+    ((0, 7, 3), [(0, 3), (3, 6), (6, 7)]), ((4, 8, 2), [(4, 6), (6, 8)]), ((2, 7, 0), [(2, 7)]),
+    ((2, 7, 99), [(2, 7)]), ((0, 0, 3), []), ((0, 0, 0), [])])
+def test_pieces(arguments, expected):
+    """Every index once, in order: a pass that is left out is an example that is not learnt."""
+    assert data.pieces(*arguments) == expected
+
+
 @pytest.mark.parametrize("family", [None, "qwen2_vl"])
 def test_a_part_of_a_batch_is_the_batch_of_the_part(family, checkpoint, start):
     """Steps once decoded every picture again for each of their parts; now they cut the batch."""
@@ -595,20 +641,23 @@ def test_a_part_of_a_batch_is_the_batch_of_the_part(family, checkpoint, start):
         assert part.grids.tolist() == alone.grids.tolist()
 
 
-def test_workers_prepare_what_a_step_would(start):
+def test_workers_prepare_what_a_step_would(start, monkeypatch):
     """With a GPU, workers make the batches ahead: the same, in the same order, errors included."""
     import model as models
     processor, world = models.load_checkpoint(start)[1], data.World("train", size=40)
     batches = [[7, 3, 30], [1], [2, 39]]
-    for ahead in (processor.ahead(world, batches, device) for device in ("cuda", "cpu")):
-        for indices, (some, batch, rows) in zip(batches, ahead, strict=True):
+    for loader in (processor.prefetch(world, batches, device) for device in ("cuda", "cpu")):
+        for indices, (some, batch, rows) in zip(batches, loader, strict=True):
             mine, expected, responses = processor.prepare([world[i] for i in indices])
             assert [e.id for e in some] == [e.id for e in mine] and rows == responses
             assert all(torch.equal(a, b) for a, b in zip(vars(batch).values(),
                                                          vars(expected).values()))
-    assert processor.ahead(world, [], "cuda").num_workers > 0
+    assert processor.prefetch(world, [], "cuda").num_workers > 0
     with pytest.raises(IndexError):
-        list(processor.ahead(world, [[0], [40]], "cuda"))
+        list(processor.prefetch(world, [[0], [40]], "cuda"))
+    monkeypatch.delattr(os, "fork")              # Windows: a processor does not travel otherwise
+    assert [[e.id for e in some] for some, _, _ in processor.prefetch(world, batches, "cuda")] == [
+        [f"train/{index}" for index in indices] for indices in batches]
 
 
 def test_an_error_in_a_worker_is_one_clear_line(start, tmp_path, monkeypatch):
@@ -618,7 +667,7 @@ def test_an_error_in_a_worker_is_one_clear_line(start, tmp_path, monkeypatch):
     processor, world = models.load_checkpoint(start)[1], data.World("nowhere", size=1)
     monkeypatch.setattr(sys, "argv", ["evaluate.py"])
     with pytest.raises(SystemExit) as stopped:
-        evaluate.run_script(lambda c: list(processor.ahead(world, [[0]], "cuda")),
+        evaluate.run_script(lambda c: list(processor.prefetch(world, [[0]], "cuda")),
                             evaluate.Config, "")
     assert str(stopped.value).startswith("error: nowhere/0: expected") and "\n" not in str(
         stopped.value)

@@ -413,5 +413,6 @@ def test_curve(tmp_path):
         rows.append(dict(step=step, val_accuracy=0.6 - step / 20))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     curve = evaluate.reward_curve(tmp_path)
+    assert [p["held_out"] for p in curve["points"]] == [0.6 - step / 20 for step in range(1, 7)]
     assert len(curve["points"]) == 6 and math.isclose(curve["spearman"], -1)
     assert math.isclose(curve["regret"], 0.25)
