@@ -50,8 +50,7 @@ class Example:
 # ------------------------------------------------------------------------ the form of an answer
 def tagged(answer, rationale=""):
     """The form that the format reward asks for (R1's); without a rationale the answer alone."""
-    thought = f"<think>{rationale}</think>" if rationale else ""
-    return f"{thought}<answer>{answer}</answer>"
+    return (f"<think>{rationale}</think>" if rationale else "") + f"<answer>{answer}</answer>"
 
 
 def extract_answer(text):
@@ -270,7 +269,8 @@ def world_example(split, index, style="canonical", words=False):
     response = tagged(answer, "" if style == "answer" else ". ".join(sentences) + ".")
     images = [] if words or split == "text" else [paint(scene)]
     question = IMAGE + question if images else f"The table: {describe(scene)} {question}"
-    return Example(f"{split}/{index}", question, answer, response, images, family=family, scene=scene)
+    return Example(f"{split}/{index}", question, answer, response, images, family=family,
+                   scene=scene)
 
 
 # kinds of pretraining example and their shares in percent
@@ -360,7 +360,8 @@ def field_of(row, convert, expected, part):
     try:
         return convert(row[given[0]]) if given else None
     except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError):
-        raise DataError(f"field {given[0]}: expected {expected}, got {row[given[0]]!r:.80}") from None
+        got = f"got {row[given[0]]!r:.80}"
+        raise DataError(f"field {given[0]}: expected {expected}, {got}") from None
 
 
 def as_text(value):
@@ -524,7 +525,8 @@ def smart_resize(width, height, factor, most):
     sides = [round(side / factor) * factor for side in (width, height)]
     if sides[0] * sides[1] > most:
         scale = math.sqrt(width * height / most)
-        sides = [max(factor, math.floor(side / scale / factor) * factor) for side in (width, height)]
+        sides = [math.floor(side / scale / factor) * factor for side in (width, height)]
+        sides = [max(factor, side) for side in sides]
     elif sides[0] * sides[1] < least:
         scale = math.sqrt(least / (width * height))
         sides = [math.ceil(side * scale / factor) * factor for side in (width, height)]
@@ -615,8 +617,7 @@ class Processor:
     def picture(self, image):
         """-> its place in the prompt, [pixels (1, 3, S, S)], [its grid, where positions need it]"""
         tiles, rows, columns = image_tiles(image, self.tile, self.longest_edge)
-        tokens = self.IMAGE * self.image_tokens
-        place = ""
+        tokens, place = self.IMAGE * self.image_tokens, ""
         for row in range(1, rows + 1):
             for column in range(1, columns + 1):
                 place += f"{AROUND}<row_{row}_col_{column}>{tokens}"

@@ -69,8 +69,7 @@ UNITS = {word + plural + power: words.split()[0] + power for words in (       # 
     "mm millimeter millimetre,cm centimeter centimetre,m meter metre,km kilometer kilometre,"
     "in inch inche,ft foot feet,yd yard,mi mile,° degree deg,% percent,unit").split(",")
     for word in words.split() for plural in ("", "s") for power in ("", "^2", "^3")} | {"": ""}
-FUNCTIONS = dict(sqrt=math.sqrt, cbrt=math.cbrt, sin=math.sin, cos=math.cos, tan=math.tan,
-                 asin=math.asin, acos=math.acos, atan=math.atan)
+FUNCTIONS = {name: getattr(math, name) for name in "sqrt cbrt sin cos tan asin acos atan".split()}
 OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.Pow: math.pow,
              ast.USub: neg, ast.UAdd: pos}
 PLACES = {"tenth": 1, "hundredth": 2, "thousandth": 3}
@@ -253,10 +252,8 @@ def marks(rows):
 
 def verdict(row):
     """What an answer on the tabletop world is worth, in a word."""
-    if not row["correct"]:
-        return "wrong"
-    if not row["formatted"]:
-        return "right"
+    if not row["correct"] or not row["formatted"]:
+        return "right" if row["correct"] else "wrong"
     return "faithful" if row["faithful"] else "lucky"
 
 

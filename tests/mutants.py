@@ -235,6 +235,27 @@ FAULTS = [
           "grad_weight.addmm_(slope.T, hidden[part].to(slope.dtype), beta=0)", SAMPLER),
     Fault("kernels.py", "a place is handed on with its old tokens visible",
           "        self.bias[groups] = NEGATIVE\n", "", SAMPLER),
+    # the world, the rows and the tokens
+    Fault("data.py", "scenes of the test are trained on",
+          "test=[0], ood", "test=range(8), ood"),
+    Fault("data.py", "training shows held-out pairs",
+          "(7, 9, PAIRS) if split == \"ood\" else (2, 6, KNOWN)", "(7, 9, PAIRS)"),
+    Fault("data.py", "every step is true",
+          "return holds(**values)", "return True"),
+    Fault("data.py", "a filler is a true step",
+          "None if part in FILLERS", "True if part in FILLERS"),
+    Fault("data.py", "val is trained on",
+          "examples[:kept] or examples", "examples"),
+    Fault("data.py", "a picture from outside the data directory",
+          ".resolve().relative_to(root)", ".resolve()"),
+    Fault("data.py", "the end mark is not learnt",
+          "self.encode(self.LEAD + text) + [self.stop]", "self.encode(self.LEAD + text)"),
+    Fault("data.py", "placeholders may be sampled",
+          "if token.special)}", "if not token.special)}"),
+    Fault("data.py", "pictures of the prompts before",
+          "self.counts[:start].sum(0)", "self.counts[:0].sum(0)"),
+    Fault("data.py", "positions after a picture do not jump",
+          "positions[stop:] += max(rows, columns) - rows * columns", "positions[stop:] += 0"),
 ]
 
 

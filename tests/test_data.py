@@ -671,3 +671,24 @@ def test_an_error_in_a_worker_is_one_clear_line(start, tmp_path, monkeypatch):
                             evaluate.Config, "")
     assert str(stopped.value).startswith("error: nowhere/0: expected") and "\n" not in str(
         stopped.value)
+
+
+def test_readme_converts_the_rows_of_other_tools(tmp_path, capsys, monkeypatch):
+    """Layouts that are not read are converted once; the README's own lines do it."""
+    readme = (pathlib.Path(data.__file__).parent / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```\n(.*?)```", readme, re.S)
+    code, = [block for block in blocks if "theirs.jsonl" in block]
+    theirs = [
+        {"image": "a.png", "conversations": human(Q, "0")},
+        {"images": ["a.png"], "system": "Be brief.", "conversations": human(Q, COT + "3")},
+        {"image": "a.png", "prompt": [PARTS], "completion": [told(THREE, "assistant")]},
+        {"prompt": [USER], "solution": "3"}, {"prompt": "1 + 2?", "completion": THREE}]
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "theirs.jsonl").write_text("\n".join(map(json.dumps, theirs)))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README", "exec"), {})
+    (tmp_path / "ours.jsonl").write_text(capsys.readouterr().out)
+    examples = data.read_examples(tmp_path / "ours.jsonl")
+    assert [(e.question, e.answer, e.response) for e in examples] == [
+        (Q, "0", "0"), (Q, "3", COT + "3"), (Q, "3", THREE), (PLAIN, "3", THREE),
+        ("1 + 2?", "3", THREE)]
