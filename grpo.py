@@ -162,7 +162,7 @@ def rollout(run, step, examples, prompts):
     if c.overlong == "mask":
         mask = mask & rollouts.finished[:, None]
     known = [part for part in parts if not math.isnan(part["reward"])]
-    metrics = {name: mean(part[name] for part in known) for name in parts[0]} if known else {}
+    metrics = {name: mean(part[name] for part in known) for name in known[0]} if known else {}
     metrics |= dict(
         reward_std=rewards.std(1).nanmean().item(), equal_groups=equal.float().mean().item(),
         advantage=advantage.abs().mean().item(), length=rollouts.lengths.float().mean().item(),

@@ -301,6 +301,21 @@ def test_equal_groups_are_counted_and_dropped(tmp_path, start):
     assert not experience.mask[12:].any()
 
 
+def test_a_grader_that_fails_once_is_counted(tmp_path, start, monkeypatch):
+    """The figures are those of the answers that could be graded, the first one or not."""
+    run, examples, prompts = run_of(start, tmp_path)
+
+    def grade(response, example, *rest):
+        if example is examples[0]:
+            raise RuntimeError("a bug in a grader")
+        return evaluate.grade(response, example, *rest)
+
+    monkeypatch.setattr(grpo, "grade", grade)
+    experience, figures = grpo.rollout(run, 0, examples, prompts)
+    assert figures["grader_failures"] == 4 and not experience.advantage[:4].any()
+    assert 0 < figures["accuracy"] == figures["reward"] < 1
+
+
 def test_truncated_answers_can_be_masked(tmp_path, start):
     run, examples, prompts = run_of(start, tmp_path, overlong="mask")
     experience, figures = grpo.rollout(run, 0, examples, prompts)
