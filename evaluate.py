@@ -34,170 +34,204 @@ from kernels import Sampler
 from model import CheckpointError, load_checkpoint, read_json, write_file
 
 # ----------------------------------------------------------------------------------- the grader
+# What stands in the answer's tags or box is cleaned, then compared as the gold answer's kind asks:
+# as a choice, a text, a box, or a number with a unit.
 FORMATS = {"tags": re.compile(r"<think>(.+?)</think>\s*<answer>(.+?)</answer>", re.S),
            "boxed": re.compile(r"<think>(.+?)</think>\s*\\boxed\{(.+)\}", re.S)}
-BOX = re.compile(r"\[" + ",".join([r"\s*-?\d+(?:\.\d+)?\s*"] * 4) + r"\]")
-LETTERED = re.compile(r"(?:(?:option |choice )?[(\[]?([a-z])(?:[\]).: ]+|$))?(.*)")      # (B) 24
-MAX_ANSWER, MAX_DEPTH, LARGEST = 400, 50, 10 ** 12   # what is longer, deeper, larger is no number
-SIGNS = str.maketrans(dict(zip("√∛π−–‐≈×·⋅÷⁄∘º", "sqrt cbrt pi - - - = * * * / / ° °".split())))
-RULES = [(re.compile(pattern), new, example, cleaned) for pattern, new, example, cleaned in (
+MAX_ANSWER = 400        # characters; a longer answer is wrong, a longer text no number
+MAX_DEPTH = 100         # of a formula's syntax tree; the answers of Geometry3K reach 16
+LARGEST = 10 ** 12      # a larger number is only a text, equal where it is written equally
+SIGNS = str.maketrans({"√": "sqrt", "π": "pi", "−": "-", "–": "-", "≈": "=", "×": "*", "·": "*",
+                       "⋅": "*", "÷": "/", "∘": "°", "º": "°"})
+# A rule: a pattern, what replaces it, an example, and how that reads then (a test of each rule).
+# First, of every text: LaTeX becomes plain signs, and what means nothing goes.
+PLAIN = [(re.compile(pattern), *rest) for pattern, *rest in (
+    (r"[⁰¹²³⁴-⁹]+", r"^{\g<0>}", "2¹⁰", "2^{10}"),
+    (r"\\times|\\cdot", "*", r"3\cdot4", "3*4"),
+    (r"\\div", "/", r"3\div4", "3/4"),
     (r"(?<=\d)(?:\\,|\{,\}|,\\!)(?=\d{3})", ",", r"1\,234", "1,234"),
-    (r"\\(?:text|math)[a-z]* ?\{([^{}]*)\}", r"\1", r"5\text{ cm}", "5 cm"),
-    (r"\\(?:left|right|[!,;:()\[\] ])| ?\\?\$ ?|~", " ", r"$\left[1, 2\right]$", "[1, 2 ]"),
-    (r"\\times|\\cdot", "*", r"2\cdot\pi", "2*pi"),
-    (r"\\div", "/", r"1\div2", "1/2"),
-    (r"^ ?(?:[\\{}∠A-Za-z][\\{}∠A-Za-z ]{,22}\d?)? ?(?:=|\\approx) ?", "", "m∠1 = 35", "35"),
-    (r"\^ ?\{ ?\\circ ?\}|\^ ?\\circ|\\degree", "°", r"35^\circ", "35°"),
-    (r"arc(?=sin|cos|tan)", "a", r"\arcsin(1)", "asin(1)"),
-    (r"\\[dt]?(?=frac|sqrt|pi|a?sin|a?cos|a?tan|%)", "", r"50\%", "50%"),
-    (r"frac ?(\d) ?", r"frac{\1}/", r"\frac12", "(1)/2"),
-    (r"\} ?(?=\{)", "}/", r"\frac{1}{2}", "(1)/(2)"),
-    (r"\{", "(", r"\sqrt{5", "sqrt(5"),
-    (r"\}", ")", "5}", "5)"),
-    (r"\^ ?\((\d)\)", r"^\1", "cm^{2}", "cm^2"),
-    (r"sqrt ?\[3\]", "cbrt", r"\sqrt[3]{8}", "cbrt(8)"),
-    (r"((?:sin|cos|tan) ?\(? ?)([\d.]+) ?°", r"\1(\2*pi/180)", "sin 61°", "sin (61*pi/180)"),
-    (r"(?<![\d.,/])(?<!/ )(\d+)(?: ?frac\((\d+)\)/\(?(\d+)\)?| (\d+)/(\d+))", r"(\1+\2\4/\3\5)",
-     "6 1/2", "(6+1/2)"),
-    (r"(?<![/^nst])(?<![/^nst] )frac", "", r"\frac{x}{2}", "(x)/(2)"),      # not in sin\frac12
-    (r"(?<=[\di)]) *(?:square|sq\.?) ([a-z]+)", r"\1^2", "60 sq. cm", "60cm^2"))]
-NEEDLESS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))|(?<![\d.,])0+(?=\d)")        # in 1,234 and in 05
-FORMULA = re.compile(r"((?:[\d.+*/^() -]|(?<=\d)e[-+]?\d|a?(?:sin|cos|tan)|sqrt|cbrt|pi)*)(.*)")
-TIMES = re.compile(r"(?<=[\d.)i]) ?(?=\(|[acpst])")          # where 2√3 has no sign
-BARE = re.compile(r"(sin|cos|tan|sqrt|cbrt) ?([\d.]+|pi)")   # √3: an argument without parentheses
-UNITS = {word + plural + power: words.split()[0] + power for words in (       # spelling -> unit
-    "mm millimeter millimetre,cm centimeter centimetre,m meter metre,km kilometer kilometre,"
-    "in inch inche,ft foot feet,yd yard,mi mile,° degree deg,% percent,unit").split(",")
-    for word in words.split() for plural in ("", "s") for power in ("", "^2", "^3")} | {"": ""}
-FUNCTIONS = {name: getattr(math, name) for name in "sqrt cbrt sin cos tan asin acos atan".split()}
-OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.Pow: math.pow,
-             ast.USub: neg, ast.UAdd: pos}
-PLACES = {"tenth": 1, "hundredth": 2, "thousandth": 3}
-ROUNDED = re.compile(r"nearest (tenth|hundredth|thousandth|whole|integer|degree|unit|\w*meter|inch|"
-                     r"foot|yard|mile)", re.I)
+    (r"\\(?:text|math)[a-z]* ?\{([^{}]*)\}", r"\1", r"\text{Yes}", "yes"),
+    (r"\\(?:left|right|[!,;:()\[\] ])|\\?\$|~", " ", r"$\left(5\,cm\right)$", "(5 cm )"),
+    (r"^ *(?:[\\{}∠A-Za-z][\\{}∠A-Za-z ]{,22}\d?)? *(?:=|\\approx) *", "", r"m\angle 1 = 5", "5"),
+    (r"\^ ?(?:\\circ|°)|\^ ?\{ ?(?:\\circ|°) ?\}|\\degree", "°", r"12^{\circ}", "12°"),
+    (r"arc(?=sin|cos|tan)", "a", "arcsin(2/3)", "asin(2/3)"),
+    (r"\\[dt]?(?=frac|sqrt|pi|a?(?:sin|cos|tan)|%)", "", r"\dfrac{1}{2}", "frac{1}{2}"),
+    (r"\^ ?\{(\w)\}", r"^\1", "5 cm^{2}", "5 cm^2"),
+    (r"(?<![a-z])(?:square|sq\.?) +([a-z]+)", r"\1^2", "6 square cm", "6 cm^2"))]
+# Then, of what may be a number: it becomes Python's notation, but for the braces.
+FORMULA = [(re.compile(pattern), *rest) for pattern, *rest in (
+    (r"(?<=\d),(?=\d{3}(?!\d))", "", "1,234,567", "1234567"),
+    (r"(?<![\d.])0+(?=\d)", "", "007", "7"),
+    (r"sqrt ?\[3\]", "cbrt", "sqrt[3]{8}", "cbrt{8}"),
+    (r"((?:sin|cos|tan)[ ({]*)([\d.]+) ?°", r"\1(\2*pi/180)", "sin{61°}", "sin{(61*pi/180)}"),
+    (r"frac ?(\d|pi)", r"frac{\1}", "frac1{20}", "frac{1,20}"),
+    (r"(frac\{[^{}]*\}) ?(\d|pi)", r"\1{\2}", "frac{pi}2", "frac{pi,2}"),
+    (r"\} ?\{", ",", "frac{9pi}{2}", "frac{9*pi,2}"),
+    (r"(?<=\d) ?frac\{(\d+),(\d+)\}", r" \1/\2", "6frac{1,2}", "(6+1/2)"),
+    (r"(?<![\d./^])(?<!/ )(\d+) (\d+/\d+)", r"(\1+\2)", "6 1/2", "(6+1/2)"),
+    (r"(sin|cos|tan|sqrt|cbrt) ?([\d.]+|pi)", r"\1(\2)", "sqrt21", "sqrt(21)"),
+    (r"(?<=[\d.)}i]) ?(?=[({]|pi|frac|sqrt|cbrt|a?(?:sin|cos|tan))", "*", "2 pi", "2*pi"))]
+SPELLED = re.compile(r"(?:[\d.,+*/() -]|(?<=\d)e[+-]?\d\d?(?!\d)|pi|frac|sqrt|cbrt|"
+                     r"a?(?:sin|cos|tan))+")            # else Python would also read 0x5, 5 or 6
+OPERATIONS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.Pow: math.pow,
+              ast.UAdd: pos, ast.USub: neg, "frac": truediv, "sqrt": math.sqrt, "cbrt": math.cbrt,
+              "sin": math.sin, "cos": math.cos, "tan": math.tan, "asin": math.asin,
+              "acos": math.acos, "atan": math.atan}
+UNITS = {spelling: spellings.split()[0] for spellings in (
+    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre",
+    "km kilometer kilometre", "in inch inche", "ft foot feet", "yd yard", "mi mile",
+    "° degree deg", "% percent", "unit") for spelling in spellings.split()}
+UNIT = re.compile(rf"(.*?) ?(?:({'|'.join(UNITS)})s?(\^[23])?)?", re.S)     # 5 cm^2: 5, cm, ^2
+ROUNDED = re.compile(r"nearest (?:(tenth)|(hundredth)|(thousandth)|whole|integer|degree|unit|"
+                     r"\w*meter|inch|foot|yard|mile)", re.I)    # the group: how many decimals
+CHOICE = re.compile(r"(?:(?:option |choice )?[(\[{]?([a-z])(?:[\])}.: ]+|$))?(.*)")   # (C) 4: C, 4
+BOX = re.compile(r"\[" + ",".join([r"\s*(-?\d+(?:\.\d+)?)\s*"] * 4) + r"\]")
+
+
+def rewrite(text, rules):
+    """Applies each rule once, in order."""
+    for pattern, new, _, _ in rules:
+        text = pattern.sub(new, text)
+    return text
 
 
 def clean(text):
-    """The answer in a text in one plain spelling: Unicode NFKC, signs and LaTeX as plain signs,
-    needless spaces, case and outer punctuation away."""
-    text = data.extract_answer(text).translate(SIGNS)
-    text = re.sub("[⁻⁰¹²³⁴-⁹]+", r"^\g<0>", text)               # 10¹² is 10^12,
-    text = re.sub("[¼-¾⅐-⅞]", r" \g<0> ", text)                # and 6½ is 6 1/2
-    text = " ".join(unicodedata.normalize("NFKC", text).translate(SIGNS).split())
-    for pattern, new, *_ in RULES:
-        text = pattern.sub(new, text)
+    """The answer in a text in one plain spelling, without LaTeX, case and outer punctuation."""
+    text = rewrite(data.extract_answer(text).translate(SIGNS), PLAIN)
+    text = unicodedata.normalize("NFKC", " ".join(text.split()))    # earlier, 2³ would become 23
     return text.casefold().lstrip(" \"'`*").rstrip(" .,:;!?\"'`*")
 
 
-def value(tree, depth=0):
-    """The number that a syntax tree stands for: a Fraction where it is exact. ValueError where it
-    is none, or where a sum or product is left to the reader, as in 2 + 3."""
-    if depth > MAX_DEPTH:
-        raise ValueError(f"deeper than {MAX_DEPTH}")
-    match tree:
-        case ast.Constant(value=int() | float() as constant) if abs(constant) <= LARGEST:
-            return Fraction(repr(constant))          # 0.1 is 1/10
-        case ast.Name(id="pi"):
+def value(node, depth=0):
+    """The value of a syntax tree: a Fraction where it is exact, else a float. Raises ValueError
+    for what no number has, and where two exact numbers are left for the grader to add, subtract
+    or multiply: 2+3 is not the answer 5. Only a fraction may be added, for 6 1/2 is (6+1/2)."""
+    match node:
+        case ast.Constant():
+            return Fraction(repr(node.value))           # of 0.1: 1/10, which the float is not
+        case ast.Name("pi"):
             return math.pi
-        case ast.Call(func=ast.Name(id=name), args=[argument]) if name in FUNCTIONS:
-            return FUNCTIONS[name](value(argument, depth + 1))
-        case ast.UnaryOp(op=sign) if type(sign) in OPERATORS:
-            return OPERATORS[type(sign)](value(tree.operand, depth + 1))
-        case ast.BinOp(op=sign) if type(sign) in OPERATORS:
-            left, right = (value(side, depth + 1) for side in (tree.left, tree.right))
-            exact = isinstance(left, Fraction) and isinstance(right, Fraction)
-            if exact and type(sign) in (ast.Add, ast.Sub, ast.Mult) and not 0 < right < 1:
-                raise ValueError("not worked out")               # but 6 + 1/2 is
-            return OPERATORS[type(sign)](left, right)
-    raise ValueError(f"no number: {ast.dump(tree):.80}")
+        case ast.UnaryOp(sign, operand):
+            operation, operands = type(sign), [operand]
+        case ast.BinOp(left, sign, right):
+            operation, operands = type(sign), [left, right]
+        case ast.Call(ast.Name(operation), operands, []):
+            pass
+        case _:
+            raise ValueError("no part of a number")
+    if depth == MAX_DEPTH or operation not in OPERATIONS:
+        raise ValueError("too deep, or no operation of a number")
+    values = [value(operand, depth + 1) for operand in operands]
+    exact = all(isinstance(each, Fraction) for each in values)
+    mixed = operation is ast.Add and 0 < values[1] < 1
+    if exact and operation in (ast.Add, ast.Sub, ast.Mult) and not mixed:
+        raise ValueError("not worked out")
+    return OPERATIONS[operation](*values)
 
 
 def number(text):
     """-> (value, unit) of a clean text that is one number and no more, else None."""
-    formula, unit = FORMULA.fullmatch(NEEDLESS.sub("", text[:MAX_ANSWER + 1])).groups()
-    if len(text) > MAX_ANSWER or unit not in UNITS:
+    formula, unit, power = UNIT.fullmatch(rewrite(text, FORMULA)).groups("")
+    formula = formula.replace("{", "(").replace("}", ")").replace("^", "**")
+    if len(text) > MAX_ANSWER or not SPELLED.fullmatch(formula):
         return None
-    formula = BARE.sub(r"\1(\2)", TIMES.sub("*", formula)).replace("^", "**").strip()
     try:
-        found = value(ast.parse(formula, mode="eval").body)
-        found = Fraction(found) if found == int(found) else found
-    except (ArithmeticError, RecursionError, SyntaxError, ValueError):
+        found = value(ast.parse(formula.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
+        return None                                     # as of «5)», 2+3, sqrt(1, 2), 1/0, ((((
+    if not abs(found) <= LARGEST:                       # nor infinity nor nan
         return None
-    return (found, UNITS[unit]) if abs(found) <= LARGEST else None
+    exact = Fraction(found) if found == int(found) else found       # sqrt(25) is the exact 5
+    return exact, UNITS.get(unit, "") + power
+
+
+def rounded(amount, decimals):
+    """In units of the last decimal; a half goes up, as is taught at school."""
+    return math.floor(amount * 10 ** decimals + 0.5)
 
 
 def tolerance(wanted, gold):
-    """How far from the gold's value an answer may be, by how the gold is written."""
-    if isinstance(wanted, float) or 10 ** 99 % wanted.denominator:           # pi, 1/3: no end
+    """How far an answer may lie from the value `wanted` of the clean text `gold`."""
+    endless = isinstance(wanted, float) or 10 ** 99 % wanted.denominator != 0    # as a decimal
+    if endless:
         return abs(wanted) / 1000
     decimals = re.search(r"\.(\d+)", gold)
-    if decimals:                     # half a unit of the last place, but 1 % at most: 1/3 is 0.33
+    if decimals:                                        # half of the last; and 1/3 is 0.33
         return min(Fraction(1, 2 * 10 ** len(decimals[1])), abs(wanted) / 99)
-    return abs(wanted) / 10 ** 13
+    return abs(wanted) / 10 ** 13                       # what floats lose
 
 
 def same_number(answer, gold, question=""):
     """Whether clean texts are one number, as exactly as the question or the gold's form asks."""
-    given, wanted = number(answer), number(gold)
-    if not given or not wanted or given[1] and wanted[1] and given[1] != wanted[1]:
+    numbers = number(answer), number(gold)
+    if None in numbers:
         return False
-    (found, unit), (wanted, gold_unit) = given, wanted
-    candidates = [found]             # 50% is 50, and 0.5 too
-    if "%" in (unit, gold_unit) and unit != gold_unit:
-        candidates.append(found / 100 if unit == "%" else found * 100)
-    if asked := ROUNDED.search(question):
-        tens = 10 ** PLACES.get(asked[1].lower(), 0)
-        candidates = [math.floor(each * tens + 0.5) for each in candidates]
-        return math.floor(wanted * tens + 0.5) in candidates
-    return any(abs(each - wanted) <= tolerance(wanted, gold) for each in candidates)
+    (given, unit), (wanted, wanted_unit) = numbers
+    if unit and wanted_unit and unit != wanted_unit:
+        return False
+    scale = {("%", ""): Fraction(1, 100), ("", "%"): 100}.get((unit, wanted_unit), 1)
+    readings = [given, given * scale]                   # 50% may be meant as 50 or as 1/2
+    asked = ROUNDED.search(question)
+    if asked:
+        decimals = asked.lastindex or 0
+        return rounded(wanted, decimals) in [rounded(each, decimals) for each in readings]
+    return any(abs(each - wanted) <= tolerance(wanted, gold) for each in readings)
 
 
-def area(x1, y1, x2, y2):
-    return max(x2 - x1, 0) * max(y2 - y1, 0)
+def area(box):
+    """Of [x1, y1, x2, y2]; 0 where it is empty."""
+    return max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
 
 
 def same_box(answer, gold):
     """Whether two texts are boxes [x1, y1, x2, y2] with an intersection over union >= 0.5."""
-    if not BOX.fullmatch(answer) or not BOX.fullmatch(gold):
+    found = [BOX.fullmatch(text) for text in (answer, gold)]
+    if None in found:
         return False
-    a, b = (list(map(float, text.strip("[]").split(","))) for text in (answer, gold))
-    shared = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
-    union = area(*a) + area(*b) - shared
-    return union > 0 and shared / union >= 0.5
+    a, b = ([float(corner) for corner in match.groups()] for match in found)
+    shared = [max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])]
+    union = area(a) + area(b) - area(shared)
+    return union > 0 and area(shared) / union >= 0.5
 
 
 def chosen(text, choices):
-    """The choice that a text names, by letter, text, value, or letter and one of these; or None."""
+    """The place of the one choice that a letter, a text, both or a value speak of, or None."""
     if text in choices:
         return choices.index(text)
-    letter, rest = LETTERED.fullmatch(text).groups()
-    fits = [i for i, choice in enumerate(choices) if letter in (None, chr(ord("a") + i))
-            and (letter and not rest or rest == choice or same_number(rest, choice))]
-    return fits[0] if len(fits) == 1 else None
+    letter, rest = CHOICE.fullmatch(text).groups()
+    meant = [place for place in range(len(choices)) if letter in (None, chr(ord("a") + place))]
+    if rest or letter is None:
+        meant = [place for place in meant
+                 if rest == choices[place] or same_number(rest, choices[place])]
+    return meant[0] if len(meant) == 1 else None
 
 
 def is_right(answer, gold, choices=None, question=""):
-    """Whether an answer equals the gold answer: as a choice, text, box, or number with unit."""
+    """Whether an answer equals the gold answer, by the kind of the gold answer."""
     if len(answer) > MAX_ANSWER:
         return False
-    answer, gold, *choices = map(clean, (answer, gold, *(choices or ())))
-    wanted = chosen(gold, choices)
-    if wanted is not None:
-        return chosen(answer, choices) == wanted
-    return answer == gold != "" or same_box(answer, gold) or same_number(answer, gold, question)
+    answer, gold = clean(answer), clean(gold)
+    choices = [clean(choice) for choice in choices or ()]
+    place = chosen(gold, choices)
+    if place is not None:
+        return chosen(answer, choices) == place
+    equal = answer == gold or same_box(answer, gold) or same_number(answer, gold, question)
+    return equal and gold != ""
 
 
 def grade(response, example, answer_format="tags"):
     """-> correct, formatted, faithful (None where no scene tells), steps with their truth."""
-    found = FORMATS[answer_format].fullmatch(response.strip())
     answer = data.extract_answer(response)
-    correct = is_right(answer, example.answer, example.choices, example.question)
+    found = FORMATS[answer_format].fullmatch(response.strip())
     formatted = found is not None and not re.search(r"</?(think|answer)>", found[1] + found[2])
-    if formatted and answer_format == "boxed":
-        formatted = answer == found[2].strip()       # one box, and no more
-    steps = data.check_steps(example.scene, found[1]) if formatted and example.scene else []
-    claims = [true for _, true in steps if true is not None]
-    faithful = correct and bool(claims) and all(claims) if example.scene else None
+    if formatted and answer_format == "boxed":          # else two boxes, or a bracket too many
+        formatted = answer == found[2].strip()
+    correct = is_right(answer, example.answer, example.choices, example.question)
+    steps, faithful = [], None
+    if example.scene:
+        steps = data.check_steps(example.scene, found[1]) if formatted else []
+        claims = [true for _, true in steps if true is not None]
+        faithful = correct and bool(claims) and all(claims)
     return SimpleNamespace(correct=correct, formatted=formatted, faithful=faithful, steps=steps)
 
 
