@@ -286,8 +286,10 @@ def marks(rows):
 
 def verdict(row):
     """What an answer on the tabletop world is worth, in a word."""
-    if not row["correct"] or not row["formatted"]:
-        return "right" if row["correct"] else "wrong"
+    if not row["correct"]:
+        return "wrong"
+    if not row["formatted"]:
+        return "right"
     return "faithful" if row["faithful"] else "lucky"
 
 
