@@ -322,8 +322,8 @@ def summaries(rows):
 def evaluate(sampler, processor, examples, split="", samples=1, temperature=0.0, new_tokens=48,
              seed=0):
     """Answers and grades every example -> rows, one for each answer, in order."""
-    rows = []
-    batches = [range(*piece) for piece in data.pieces(0, len(examples), max(1, 256 // samples))]
+    rows, at_once = [], max(1, 256 // samples)       # questions: some 256 answers a batch
+    batches = [range(*piece) for piece in data.pieces(0, len(examples), at_once)]
     prepared = processor.prefetch(examples, batches, sampler.device.type)
     for indices, (asked, prompts, _) in zip(tqdm(batches, split, leave=False, disable=None),
                                             prepared):

@@ -153,7 +153,7 @@ def starting_model(c, small, published):
             run_command(f"python sft.py --stage base --out {c.init} --device {c.device} --resume")
     dtype = torch.bfloat16 if c.lora_rank and c.device == "cuda" else torch.float32
     model, processor = load_checkpoint(c.init, c.device, dtype, c.prompt())
-    if sum(p.numel() for p in model.parameters()) > 5e7:
+    if sum(p.numel() for p in model.parameters()) > 5e7:     # larger than the tabletop's models
         c.lr = c.lr or (10 * published if c.lora_rank else published)
     c.lr = c.lr or small
     return model, processor
