@@ -2,7 +2,7 @@
 
 A test that cannot fail is worse than none. Each fault is a line of the six modules and a wrong one
 in its place; it is put into a copy of the repository, and the tests of that file run there until
-one fails. All of them take about a quarter of an hour on two cores; `--only WORD` takes those
+one fails. All of them take about twenty minutes on two cores; `--only WORD` takes those
 whose file or description has the word. tests/test_mutants.py runs those of `rollout` and `explore`.
 """
 import argparse
