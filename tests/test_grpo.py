@@ -177,7 +177,7 @@ def sample(run, prompts, step):
 def textbook(algorithm, now, old, reference, rewards, finished, longest):
     """The loss of a minibatch as the papers write it. now, old, reference: for each answer the
     log-probs of its tokens; rewards (B, G), finished (B * G) -> a scalar."""
-    rows, kept_tokens, total = [], 0, 0.0
+    rows = []
     B, G = rewards.shape
     for i in range(B * G):
         group, r = rewards[i // G], rewards[i // G, i % G]
