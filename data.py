@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import warnings
 import zlib
 from collections import namedtuple
 from dataclasses import dataclass, field, replace
@@ -17,12 +18,12 @@ from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")             # its threads would not fork
-Image.MAX_IMAGE_PIXELS = 16_000_000  # Pillow refuses to decode more than twice as many
+Image.MAX_IMAGE_PIXELS = None        # `open_image` looks at the size itself
 IMAGE = "<image>"
 
 
@@ -42,6 +43,7 @@ class Example:
     system: str = ""
     family: str = "all"
     scene: list | None = None        # the truth, in the tabletop world
+    box: bool = False                # the answer is [x1, y1, x2, y2], compared by its overlap
 
     def pictures(self):
         return [one if isinstance(one, Image.Image) else open_image(one) for one in self.images]
@@ -54,17 +56,15 @@ def tagged(answer, rationale=""):
 
 
 def extract_answer(text):
-    """What stands in the last <answer> tags, else the text without its <think> part; where that
-    has a \\boxed{...}, what stands in the last one."""
+    """What stands in the last <answer> tags after all thought, else all that follows it; where that
+    has a \\boxed{...}, what stands in the last one. A template may have written the <think>."""
+    _, _, text = text.rpartition("</think>")
     tags = re.findall(r"<answer>(.*?)</answer>", text, re.S)
-    text = tags[-1] if tags else re.sub(r"<think>.*?(?:</think>|$)", "", text, flags=re.S)
-    inside = text.rpartition("\\boxed{")[2] if "\\boxed{" in text else ""
-    depth = 1                        # of braces: an answer such as \frac{1}{2} has its own
-    for brace in re.finditer("[{}]", inside):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return inside[:brace.start()].strip()
-    return text.strip()
+    text = tags[-1] if tags else text.partition("<think>")[0]
+    _, box, inside = text.rpartition("\\boxed{")
+    heads = (inside[:brace.start()] for brace in re.finditer("}", inside if box else ""))
+    whole = (head for head in heads if head.count("{") == head.count("}"))     # as \frac{1}{2} is
+    return next(whole, text).strip()
 
 
 # ------------------------------------------------------------------ the tabletop world: scenes
@@ -132,8 +132,7 @@ def describe(things):
 def matching(things, phrase):
     """The things that a phrase like «red circles», «squares» or «blue shape» speaks of."""
     *colour, shape = phrase.removesuffix("s").split()
-    return [thing for thing in things
-            if colour in ([], [thing.colour]) and shape in ("shape", thing.shape)]
+    return [one for one in things if colour in ([], [one.colour]) and shape in ("shape", one.shape)]
 
 
 def singles(things):
@@ -174,14 +173,13 @@ def ask_about_two(rng, things, family):
         one, other, n, m = other, one, m, n
     words = dict(a=one + "s", b=other + "s", one=one, other=other, x=x, y=y)
     steps = [f"{one}s: {n}", f"{other}s: {m}"]
-    if family == "sum":
-        return words, [*steps, f"{n} + {m} = {n + m}"], str(n + m)
     if family == "difference":
         return words, [*steps, f"{n} - {m} = {n - m}"], str(n - m)
     if family == "cost":
-        total = n * x + m * y
-        steps += [f"{n} * {x} = {n * x}", f"{m} * {y} = {m * y}", f"{n * x} + {m * y} = {total}"]
-        return words, steps, str(total)
+        steps += [f"{n} * {x} = {n * x}", f"{m} * {y} = {m * y}"]
+        n, m = n * x, m * y
+    if family in ("sum", "cost"):
+        return words, [*steps, f"{n} + {m} = {n + m}"], str(n + m)
     if n > m:
         return words, [*steps, f"{n} > {m}"], "yes"
     return words, [*steps, f"{n} < {m}" if n < m else f"{n} = {m}"], "no"
@@ -200,16 +198,15 @@ FAMILIES = dict(     # two wordings of training, one for ood: known words, but n
     comparison=("Are there more {a} than {b}?", "Do {a} outnumber {b}?", "Are {a} more than {b}?"),
     location=("Where is the {a}?", "Find the {a}.", "Where do you see the {a}?"))
 # what a step may say: a pattern of it, its verbose words, when it is true
-CLAIMS = [
-    ("{a}: {n}", "I count {n} {a}", lambda a, n: len(a) == n),
-    ("{a}: row {row}, column {column}", "I see the {a} in row {row} and column {column}",
-     lambda a, row, column: (row, column) in [thing[2:4] for thing in a]),
-    (r"{x} \+ {y} = {n}", "{x} plus {y} makes {n}", lambda x, y, n: x + y == n),
-    (r"{x} - {y} = {n}", "{x} minus {y} makes {n}", lambda x, y, n: x - y == n),
-    (r"{x} \* {y} = {n}", "{x} times {y} makes {n}", lambda x, y, n: x * y == n),
-    ("{x} > {y}", "{x} is more than {y}", lambda x, y: x > y),
-    ("{x} < {y}", "{x} is fewer than {y}", lambda x, y: x < y),
-    ("{x} = {y}", "{x} is as many as {y}", lambda x, y: x == y)]
+CLAIMS = [("{a}: {n}", "I count {n} {a}", lambda a, n: len(a) == n),
+          ("{a}: row {row}, column {column}", "I see the {a} in row {row} and column {column}",
+           lambda a, row, column: (row, column) in [thing[2:4] for thing in a]),
+          (r"{x} \+ {y} = {n}", "{x} plus {y} makes {n}", lambda x, y, n: x + y == n),
+          (r"{x} - {y} = {n}", "{x} minus {y} makes {n}", lambda x, y, n: x - y == n),
+          (r"{x} \* {y} = {n}", "{x} times {y} makes {n}", lambda x, y, n: x * y == n),
+          ("{x} > {y}", "{x} is more than {y}", lambda x, y: x > y),
+          ("{x} < {y}", "{x} is fewer than {y}", lambda x, y: x < y),
+          ("{x} = {y}", "{x} is as many as {y}", lambda x, y: x == y)]
 # What the fields of CLAIMS match; `a` is a phrase, the others are numbers. Python refuses to read
 # an endless one, so their length has a limit.
 GROUPS = {name: f"(?P<{name}>[0-9]{{1,99}})" for name in ("n", "x", "y", "row", "column")}
@@ -235,16 +232,14 @@ def hesitate(rng, steps):
     sentences = [rng.choice(FILLERS[:2])]
     for step in steps:
         said, _, _ = claim_of(step)
-        check = [rng.choice(FILLERS[2:4]), said] if rng.random() < 0.4 else []
-        sentences += [said, *check]
+        sentences += [said, rng.choice(FILLERS[2:4]), said] if rng.random() < 0.4 else [said]
     return [*sentences, rng.choice(FILLERS[4:])]
 
 
 def is_true(scene, sentence):
     """Whether a sentence makes one of the CLAIMS, in either wording, and the scene bears it out."""
     _, holds, said = claim_of(sentence)
-    values = {name: matching(scene, text) if name == "a" else int(text)
-              for name, text in said.items()}
+    values = {key: matching(scene, text) if key == "a" else int(text) for key, text in said.items()}
     return holds(**values)
 
 
@@ -256,10 +251,10 @@ def check_steps(scene, text):
 
 def world_example(split, index, style="canonical", words=False):
     """The same on every machine, whatever else was drawn. words: described instead of painted."""
+    name = f"{split}/{index}"
     if split not in SPLITS or not str(index).isdecimal():
-        raise DataError(f"{split}/{index}: expected a number and one of {', '.join(SPLITS)}")
-    source = "test" if split == "text" else split    # text: the test's questions, in words
-    rng = random.Random(f"{source}/{index}")
+        raise DataError(f"{name}: expected a number and one of {', '.join(SPLITS)}")
+    rng = random.Random(name.replace("text", "test"))    # text: the test's questions, in words
     family = list(FAMILIES)[int(index) % len(FAMILIES)]
     scene = make_scene(rng, split, family)
     values, steps, answer = ask(rng, scene, family)
@@ -269,8 +264,8 @@ def world_example(split, index, style="canonical", words=False):
     response = tagged(answer, "" if style == "answer" else ". ".join(sentences) + ".")
     images = [] if words or split == "text" else [paint(scene)]
     question = IMAGE + question if images else f"The table: {describe(scene)} {question}"
-    return Example(f"{split}/{index}", question, answer, response, images, family=family,
-                   scene=scene)
+    return Example(name, question, answer, response, images, family=family, scene=scene,
+                   box=family == "location")
 
 
 # kinds of pretraining example and their shares in percent
@@ -284,16 +279,15 @@ def base_example(index):
     style = "canonical" if kind == "reasoned" else "answer"
     example = world_example("train", 10_000_000 + index, style, words=kind == "text")
     things, alone = example.scene, singles(example.scene)
+    if kind not in ("counts", "boxes", "caption"):
+        return example
+    question, response = "Describe the table.", describe(things)
     if kind == "counts":
         question, response = "Count everything.", count_everything(rng, things)
     elif kind == "boxes" and alone:
         boxed = rng.sample(alone, min(3, len(alone)))
         question = f"Box {', '.join(map(kind_of, boxed))}."
         response = " ".join(f"{kind_of(thing)}: {list(thing.box)}." for thing in boxed)
-    elif kind in ("caption", "boxes"):
-        question, response = "Describe the table.", describe(things)
-    else:
-        return example
     return replace(example, question=IMAGE + question, response=response)
 
 
@@ -327,9 +321,9 @@ def read_jsonl(path, convert=None, skip_bad_rows=False):
     A row is bad if it is not JSON or if `convert` raises a DataError: the first one ends the
     reading with a DataError, or with skip_bad_rows all are left out and counted."""
     try:
-        content = Path(path).read_text(encoding="utf-8-sig")
-        is_list = content.lstrip().startswith("[")
-        lines = [json.dumps(row) for row in json.loads(content)] if is_list else content.split("\n")
+        content = Path(path).read_bytes()        # one line in another encoding is one bad row
+        is_list = content.lstrip(b"\xef\xbb\xbf\r\n\t ").startswith(b"[")
+        lines = map(json.dumps, json.loads(content)) if is_list else content.split(b"\n")
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a readable .jsonl or .json file ({error})") from None
     places = {f"{path}:{number}": line for number, line in enumerate(lines, 1) if line.strip()}
@@ -347,55 +341,72 @@ def read_jsonl(path, convert=None, skip_bad_rows=False):
     return rows
 
 
-# What tools call the same part of an example; of several that a row has, the first counts.
+# What tools call the same part of an example; under several names a row has to say the same.
 NAMES = dict(question=("problem", "question", "prompt"), response=("completion", "output"),
              answer=("answer", "ground_truth", "solution"), rationale=("rationale", "thinking"),
-             images=("images", "image", "image_path"))
+             images=("images", "image", "image_path"), choices=("choices", "options"))
+EMPTY = (None, "", [], {})           # the values of a field that is not there
+# Names of fields, and marks in a question, that speak of what is missing if nobody reads them.
+UNREAD = re.compile(r"((correct|right|gold|ground|final|input)_?)*(img|image|picture|photo|option|"
+                    r"choice|answer|solution|label|target|gold|truth)s?(_?(\d+|[a-j]|url|path|file|"
+                    r"name|bytes|base64|list|text|key|index|idx|letter)s?)*|file_?name|[A-J]", re.I)
+STRAY = re.compile(r"<[|/]*(?:img|image|picture|video|vision)[^<>]*>|!\[[^]]*\]\(", re.I)
 
 
-def field_of(row, convert, expected, part):
-    """What `convert` makes of this part of the row, under the first of its names; None if absent.
-    Like a type of argparse, `convert` raises for a value that is not `expected`."""
-    given = [name for name in NAMES.get(part, [part]) if row.get(name) is not None]
-    try:
-        return convert(row[given[0]]) if given else None
-    except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError):
-        got = f"got {row[given[0]]!r:.80}"
-        raise DataError(f"field {given[0]}: expected {expected}, {got}") from None
+def field_of(convert, row, part, *more):
+    """What `convert` makes of this part of the row; None if absent. It raises for another value
+    than its docstring speaks of."""
+    found = {}
+    for name in NAMES.get(part, [part]):
+        try:
+            if row.get(name) not in EMPTY:
+                found[name] = convert(row[name], *more)
+        except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError):
+            got = f"got {row[name]!r:.80}"
+            raise DataError(f"field {name}: expected {convert.__doc__}, {got}") from None
+    first, *others = [*found.values()] or [None]
+    if any(other != first for other in others):
+        raise DataError(f"fields {', '.join(found)} differ: expected one {part}")
+    return first
 
 
 def as_text(value):
-    """Fails for half a character too (a lone surrogate): JSON can hold it, UTF-8 cannot."""
-    return str.encode(value).decode()
+    """text"""
+    return str.encode(value).decode()        # fails for half a character, which only JSON can hold
 
 
 def as_answer(value):
-    """A number or a text -> text."""
-    return str(value) if type(value) in (int, float) else as_text(value)
+    """one text or finite number, or a box of four numbers"""
+    numbers = value if isinstance(value, list) and len(value) == 4 else [value]
+    if all(type(one) in (int, float) and math.isfinite(one) for one in numbers):
+        return str(value)
+    return extract_answer(as_text(value).rpartition("####")[2])      # GSM8K's, after the solution
 
 
 def as_choices(value):
+    """a list of 2 to 26 texts or numbers"""
     if not isinstance(value, list) or not 2 <= len(value) <= 26:
         raise ValueError
     return [as_answer(choice) for choice in value]
 
 
 def as_chat(messages):
-    """-> {role: text}, a picture in a text as `<image>`."""
+    """messages with role and content alone, one each of system, user, assistant"""
     chat = {message["role"]: as_message(message["content"]) for message in messages}
-    if len(chat) < len(messages) or not set(chat) <= {"system", "user", "assistant"}:
+    only = len(chat) == len(messages) and all(len(message) == 2 for message in messages)
+    if not only or not set(chat) <= {"system", "user", "assistant"}:
         raise ValueError
     return chat
 
 
 def as_message(content):
-    """A text, or parts that are texts and pictures -> text"""
+    """A text, or parts that are texts and pictures -> text, a picture as `<image>`."""
     parts = [dict(text=content)] if isinstance(content, str) else content
     return "".join(IMAGE if one.get("type") == "image" else as_text(one["text"]) for one in parts)
 
 
 def as_images(value, root):
-    """-> [bytes, or a path inside `root`]"""
+    """a path that never leaves the data directory, base64 bytes, or a list of these"""
     images = []
     for item in value if isinstance(value, list) else [value]:
         image = item if isinstance(item, dict) else dict(path=item)
@@ -406,69 +417,103 @@ def as_images(value, root):
     return images
 
 
-def read_row(row, where, root):
-    """One row -> Example, its pictures looked at: bad ones show before training.
+def choice_at(answer, choices):
+    """The choice at a place counted from 0, where the answer is a number that no choice holds."""
+    is_place = answer.isdecimal() and int(answer) < len(choices)
+    if not is_place or any(answer in choice for choice in choices):
+        return answer
+    warnings.warn("answers that are numbers are read as places among the choices, from 0")
+    return choices[int(answer)]
+
+
+def read_row(row, where, root, check):
+    """One row -> Example, its pictures looked at, its answer checked: bad ones show before
+    training.
 
     Question and response come from the chat in `messages` if there is one, else from flat fields;
     answer and system prompt from their own fields, else from the response and from the chat."""
     if not isinstance(row, dict):
         raise DataError(f"expected an object, got {row!r:.80}")
-    text = partial(field_of, row, as_text, "text")
-    chat = field_of(row, as_chat, "one text each of system, user, assistant", "messages") or {}
+    for name in row.keys() - sum(NAMES.values(), ()):
+        if row[name] not in EMPTY and UNREAD.fullmatch(name):
+            raise DataError(f"field {name} is not read: name it image, choices, answer, or drop it")
+    text = partial(field_of, as_text, row)
+    chat = field_of(as_chat, row, "messages") or {}
     task = filter(None, [text("instruction"), text("input")])        # Alpaca's
     question = chat.get("user") or text("question") or "\n".join(task)
     said = chat.get("assistant") or text("response") or ""
-    answer = field_of(row, as_answer, "text or a number", "answer")
-    answer = extract_answer(said if answer is None else answer)
+    answer = field_of(as_answer, row, "answer")
+    answer = extract_answer(said) if answer is None else answer
     for part, value in (("question", question), ("answer", answer)):
         if not value.strip():
-            raise DataError(f"no {part}: expected messages, or text in one of the fields "
-                            f"{', '.join(NAMES[part])}; got the fields {list(row)!r:.200}")
-    rationale = re.sub("</?think>", "", text("rationale") or "").strip()
-    response = said or tagged(answer, rationale)
+            raise DataError(f"no {part}: expected {NAMES[part]}, or messages; got {[*row]!r:.200}")
+    choices = field_of(as_choices, row, "choices")
+    if choices:
+        answer = choice_at(answer, choices)
+        question += "".join(f"\n({chr(ord('A') + i)}) {one}" for i, one in enumerate(choices))
+    rationale = text("rationale") or str(row.get("answer")).rpartition("####")[0]
+    response = said or tagged(answer, re.sub("</?think>", "", rationale).strip())
     system = text("system") or chat.get("system", "")
-    images = field_of(row, partial(as_images, root=root), "a path that never leaves the data "
-                      "directory, base64 bytes, or a list of these", "images") or []
-    choices = field_of(row, as_choices, "2 to 26 texts or numbers", "choices")
-    question += "".join(f"\n({chr(ord('A') + i)}) {one}" for i, one in enumerate(choices or []))
+    images = field_of(as_images, row, "images", root) or []
     if IMAGE not in question:
         question = IMAGE * len(images) + question
-    if question.count(IMAGE) != len(images) or IMAGE in system + response:
-        raise DataError(f"{question.count(IMAGE)} {IMAGE} in the question, {len(images)} images: "
-                        "write one for each, or none to put all images first; elsewhere none")
+    stray = STRAY.findall(question.replace(IMAGE, ""))
+    if stray or question.count(IMAGE) != len(images) or IMAGE in system + response:
+        raise DataError(f"{question.count(IMAGE)} {IMAGE} in the question, {len(images)} images, "
+                        f"other marks {stray}: write one for each, or none to put all images first")
+    box = any(isinstance(row.get(name), list) for name in NAMES["answer"])
     name = where if row.get("id") is None else str(row["id"])
-    example = Example(name, question, answer, response, images, choices, system)
+    example = Example(name, question, answer, response, images, choices, system, box=box)
     example.pictures()
+    check(example)
     return example
 
 
-@lru_cache(maxsize=4)      # questions about one picture mostly follow one another
+MAX_PIXELS = 32_000_000              # of a picture that is opened; --max-pixels sets it
+
+
+@lru_cache(maxsize=4)                # questions about one picture mostly follow one another
 def open_image(source):
-    """Bytes or a path -> RGB picture, or a DataError."""
-    try:                             # not every format of Pillow's: EPS would start Ghostscript
+    """Bytes or a path -> RGB picture, upright, on white; or a DataError."""
+    try:
+        if not isinstance(source, bytes) and not source.is_file():
+            raise ValueError("No such file")
         file = io.BytesIO(source) if isinstance(source, bytes) else source
-        return Image.open(file, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP")).convert("RGB")
+        image = Image.open(file, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP"))    # EPS: a program
+        longer, shorter = max(image.size), min(image.size)
+        if longer * shorter > MAX_PIXELS or longer > 200 * shorter:
+            raise ValueError(f"{image.size} is over --max-pixels {MAX_PIXELS}, or of ratio 200")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):                           # grey in 16 bits
+            image = Image.fromarray((numpy.asarray(image) // 257).astype(numpy.uint8))
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     except Exception as error:       # Pillow's readers raise anything over a broken file
         raise DataError(f"{source!s:.200} is not a readable image: {error}") from None
 
 
 @cache
-def read_examples(path, skip_bad_rows=False):
-    """A .jsonl or .json file -> [Example]; image paths are relative to the file."""
-    examples = read_jsonl(path, partial(read_row, root=Path(path).parent.resolve()), skip_bad_rows)
+def read_examples(path, skip_bad_rows=False, check=lambda example: None):
+    """A .jsonl or .json file -> [Example]; image paths are relative to the file. `check` raises a
+    DataError for an example that is of no use."""
+    convert = partial(read_row, root=Path(path).parent.resolve(), check=check)
+    examples = read_jsonl(path, convert, skip_bad_rows)
     if not examples:
         raise DataError(f"{path}: no usable row")
     return examples
 
 
-def load_dataset(data, split="train", limit=None, skip_bad_rows=False):
-    """The first of «world», or of a file; the last twentieth (1 to 200 rows) of that is val."""
+def load_dataset(data, split="train", limit=None, *reading):
+    """The first of «world», or of a file; the last twentieth (1 to 200 rows) of that is val.
+    reading: as of `read_examples`."""
     if data == "world":
         return World(split, size=limit or 20_000)
-    examples = read_examples(data, skip_bad_rows)
+    examples = read_examples(data, *reading)
     kept = len(examples) - max(1, min(200, len(examples) // 20))
-    parts = {"train": examples[:kept] or examples, "val": examples[kept:]}
-    return parts.get(split, examples)[:limit]
+    parts = dict(train=examples[:kept] or examples, val=examples[kept:], all=examples)
+    if split not in parts:
+        raise DataError(f"{split!r} is no split of a file: expected {', '.join(parts)}")
+    return parts[split][:limit]
 
 
 # ---------------------------------------------------------------------- tokens, prompts, tiles
@@ -519,14 +564,11 @@ def image_tiles(image, tile, longest_edge):
 
 def smart_resize(width, height, factor, most):
     """Qwen2-VL: both sides to multiples of factor, the area between 4 factor² and `most`."""
-    if max(width, height) > 200 * min(width, height):
-        raise DataError(f"a picture of {width}x{height}: one side is over 200 times the other")
     least = 4 * factor ** 2
     sides = [round(side / factor) * factor for side in (width, height)]
     if sides[0] * sides[1] > most:
         scale = math.sqrt(width * height / most)
-        sides = [math.floor(side / scale / factor) * factor for side in (width, height)]
-        sides = [max(factor, side) for side in sides]
+        sides = [max(1, math.floor(side / scale / factor)) * factor for side in (width, height)]
     elif sides[0] * sides[1] < least:
         scale = math.sqrt(least / (width * height))
         sides = [math.ceil(side * scale / factor) * factor for side in (width, height)]
@@ -608,6 +650,9 @@ class Processor:
         self.stop, self.image, pad = map(tokenizer.token_to_id, (self.STOP, self.IMAGE, self.PAD))
         self.pad = 2 if pad is None else pad
         self.longest_edge = self.style["longest_edge"] or self.EDGE or tile
+        added = tokenizer.get_added_tokens_decoder().values()
+        special = [token.content for token in added if token.special] + [self.IMAGE]
+        self.special = re.compile("|".join(map(re.escape, special)))
 
     def preprocessing(self):
         """What preprocessor_config.json has to say of the size of pictures."""
@@ -633,7 +678,7 @@ class Processor:
 
     def prompt(self, example):
         """-> (prompt text with expanded pictures, their pixels, their grids)."""
-        text, *parts = example.question.split(IMAGE)
+        text, *parts = map(self.plain, example.question.split(IMAGE))
         pixels, grids = [], []
         for image, part in zip(example.pictures(), parts):
             place, own_pixels, own_grids = self.picture(image)
@@ -641,8 +686,13 @@ class Processor:
             pixels += own_pixels
             grids += own_grids
         if self.style["instruction"]:
-            text += f"\n{self.style['instruction']}"
-        return self.template(example.system or self.style["system"], text), pixels, grids
+            text += self.plain(f"\n{self.style['instruction']}")
+        system = self.plain(example.system or self.style["system"])
+        return self.template(system, text), pixels, grids
+
+    def plain(self, text):
+        """What somebody's text spells like a special token stays text: by a space of no width."""
+        return self.special.sub(lambda found: found[0][0] + "\u200b" + found[0][1:], text)
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -655,7 +705,7 @@ class Processor:
         """What a model should say, its end mark included: the last token that counts."""
         if self.style["answer_format"] == "boxed":
             text = re.sub(r"<answer>(.*?)</answer>", r"\\boxed{\1}", text, flags=re.S)
-        return self.encode(self.LEAD + text) + [self.stop]
+        return self.encode(self.LEAD + self.plain(text)) + [self.stop]
 
     def batch(self, examples):
         """-> Batch of the prompts of these examples."""

@@ -16,6 +16,7 @@ import json
 import math
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 import data
+from data import MAX_PIXELS
 from kernels import Sampler
 from model import CheckpointError, load_checkpoint, read_json, write_file
 
@@ -40,27 +42,36 @@ FORMATS = {"tags": re.compile(r"<think>(.+?)</think>\s*<answer>(.+?)</answer>", 
            "boxed": re.compile(r"<think>(.+?)</think>\s*\\boxed\{(.+)\}", re.S)}
 MAX_ANSWER = 400        # characters; a longer answer is wrong, a longer text no number
 MAX_DEPTH = 100         # of a formula's syntax tree; the answers of Geometry3K reach 16
-LARGEST = 10 ** 12      # a larger number is only a text, equal where it is written equally
-SIGNS = str.maketrans({"√": "sqrt", "π": "pi", "−": "-", "–": "-", "≈": "=", "×": "*", "·": "*",
-                       "⋅": "*", "÷": "/", "∘": "°", "º": "°"})
+LARGEST = 10 ** 100     # a larger number is only a text, equal where it is written equally
+SIGNS = str.maketrans({"√": "sqrt", "∛": "cbrt", "π": "pi", "−": "-", "–": "-", "≈": "=", "×": "*",
+                       "·": "*", "⋅": "*", "÷": "/", "∘": "°", "º": "°", "“": '"', "”": '"',
+                       "‘": "'", "’": "'"})
+LATEX = dict(times="*", cdot="*", div="/", circ="°", degree="°", pi="pi", approx="=", pm="±",
+             mp="∓", infty="∞", le="≤", leq="≤", ge="≥", geq="≥", ne="≠", neq="≠", angle="∠",
+             perp="⊥", parallel="∥", triangle="△", cong="≅", theta="θ", alpha="α", beta="β")
 # A rule: a pattern, what replaces it, an example, and how that reads then (a test of each rule).
 # First, of every text: LaTeX becomes plain signs, and what means nothing goes.
 PLAIN = [(re.compile(pattern), *rest) for pattern, *rest in (
-    (r"[⁰¹²³⁴-⁹]+", r"^{\g<0>}", "2¹⁰", "2^{10}"),
-    (r"\\times|\\cdot", "*", r"3\cdot4", "3*4"),
-    (r"\\div", "/", r"3\div4", "3/4"),
+    (r"[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", "2¹⁰", "2^{10}"),
+    (r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", "6½", "6 1⁄2"),
+    (r"\\([a-z]+)", lambda found: LATEX.get(found[1], found[0]), r"x\perp y", "x⊥ y"),
     (r"(?<=\d)(?:\\,|\{,\}|,\\!)(?=\d{3})", ",", r"1\,234", "1,234"),
     (r"\\(?:text|math)[a-z]* ?\{([^{}]*)\}", r"\1", r"\text{Yes}", "yes"),
-    (r"\\(?:left|right|[!,;:()\[\] ])|\\?\$|~", " ", r"$\left(5\,cm\right)$", "(5 cm )"),
-    (r"^ *(?:[\\{}∠A-Za-z][\\{}∠A-Za-z ]{,22}\d?)? *(?:=|\\approx) *", "", r"m\angle 1 = 5", "5"),
-    (r"\^ ?(?:\\circ|°)|\^ ?\{ ?(?:\\circ|°) ?\}|\\degree", "°", r"12^{\circ}", "12°"),
+    (r"^\\?([$€£]) ?([\d.,]+)$", r"\2 \1", "€ 5.50", "5.50 €"),
+    (r"\\(?:left|right|[!,;:()\[\] ])|(?<!\d )\\?\$|~", " ", r"$\left(5\,cm\right)$", "(5 cm )"),
+    (r"\\(?=[{}%])", "", r"\{5\%\}", "{5%}"),
+    (r"(?<!\w)\*\*([^*]+)\*\*(?!\w)", r"\1", "it is **B**", "it is b"),
+    (r"\^ ?(?:°|\{ ?° ?\})", "°", "12^{°}", "12°"),
     (r"arc(?=sin|cos|tan)", "a", "arcsin(2/3)", "asin(2/3)"),
-    (r"\\[dt]?(?=frac|sqrt|pi|a?(?:sin|cos|tan)|%)", "", r"\dfrac{1}{2}", "frac{1}{2}"),
+    (r"\\[dt]?(?=frac|sqrt|a?(?:sin|cos|tan))", "", r"\dfrac{1}{2}", "frac{1}{2}"),
     (r"\^ ?\{(\w)\}", r"^\1", "5 cm^{2}", "5 cm^2"),
-    (r"(?<![a-z])(?:square|sq\.?) +([a-z]+)", r"\1^2", "6 square cm", "6 cm^2"))]
+    (r"(?<![a-z])(?:square|sq\.?) +([a-z]+)", r"\1^2", "6 square cm", "6 cm^2"),
+    (r"(?<=[A-Za-z]{2})!+ *$", "", "Yes!", "yes"))]
 # Then, of what may be a number: it becomes Python's notation, but for the braces.
 FORMULA = [(re.compile(pattern), *rest) for pattern, *rest in (
     (r"(?<=\d),(?=\d{3}(?!\d))", "", "1,234,567", "1234567"),
+    (r"⁄", "/", "1⁄2", "1/2"),
+    (r"(?<=\d) ?x ?(?=10\^)", "*", "1.2 x 10^3", "1.2*10^3"),
     (r"(?<![\d.])0+(?=\d)", "", "007", "7"),
     (r"sqrt ?\[3\]", "cbrt", "sqrt[3]{8}", "cbrt{8}"),
     (r"((?:sin|cos|tan)[ ({]*)([\d.]+) ?°", r"\1(\2*pi/180)", "sin{61°}", "sin{(61*pi/180)}"),
@@ -78,14 +89,24 @@ OPERATIONS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.P
               "sin": math.sin, "cos": math.cos, "tan": math.tan, "asin": math.asin,
               "acos": math.acos, "atan": math.atan}
 UNITS = {spelling: spellings.split()[0] for spellings in (
-    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre",
-    "km kilometer kilometre", "in inch inche", "ft foot feet", "yd yard", "mi mile",
-    "° degree deg", "% percent", "unit") for spelling in spellings.split()}
-UNIT = re.compile(rf"(.*?) ?(?:({'|'.join(UNITS)})s?(\^[23])?)?", re.S)     # 5 cm^2: 5, cm, ^2
-ROUNDED = re.compile(r"nearest (?:(tenth)|(hundredth)|(thousandth)|whole|integer|degree|unit|"
-                     r"\w*meter|inch|foot|yard|mile)", re.I)    # the group: how many decimals
-CHOICE = re.compile(r"(?:(?:option |choice )?[(\[{]?([a-z])(?:[\])}.: ]+|$))?(.*)")   # (C) 4: C, 4
+    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "″ \" '' in inch inche",
+    "km kilometer kilometre", "′ ' ft foot feet", "yd yard", "mi mile", "unit", "% percent",
+    "° degree deg", "mg milligram", "g gram", "kg kilogram", "lb pound", "oz ounce",
+    "ml milliliter millilitre", "l liter litre", "s sec second", "min minute", "h hr hour", "day",
+    "week", "month", "year yr", "m/s", "km/h kph", "mph", "$ dollar usd", "¢ cent", "€ euro eur",
+    "£ gbp") for spelling in spellings.split()}
+UNIT = re.compile(rf"(.*?) ?(?:({'|'.join(map(re.escape, UNITS))})s?(\^[23])?)?", re.S)   # cm, ^2
+ROUNDED = re.compile(r"(?<!measured to the )(?<!given to the )nearest (tenth|hundredth|thousandth|"
+                     r"whole|integer|degree|unit|\w*meter|inch|foot|yard|mile)|"
+                     r"\b(one|two|three) decimal", re.I)
+DECIMALS = {"tenth": 1, "hundredth": 2, "thousandth": 3, "one": 1, "two": 2, "three": 3}
+NAMED = re.compile(r"(?:([{}∠a-z][{}∠a-z ]{,22}\d?)? ?= ?)?(.*)", re.S)      # m∠1 = 5: m∠1, 5
+CHOICE = re.compile(r"(?:(?:the )?(?:final |correct )?(?:answer|option|choice)(?: is)?:? )?"
+                    r"(?:[(\[{]?([a-z])(?:[\])}.: ]+|$))?(.*)")      # the answer is (C) 4: C, 4
+LISTED = re.compile(r"(?:^|[\s(])([A-H])[).:](.*?)(?=[\s(]+[A-H][).:]|$)", re.S)   # in a question
 BOX = re.compile(r"\[" + ",".join([r"\s*(-?\d+(?:\.\d+)?)\s*"] * 4) + r"\]")
+BOX_2D = re.compile(r"(?:```json)?\s*\[?\{\s*\"bbox_2d\":\s*(\[[^]]*\])[^]\[]*\}\]?\s*(?:```)?")
+ITEMS = re.compile(r"([(\[{])(.+,.+)[)\]}]")
 
 
 def rewrite(text, rules):
@@ -96,10 +117,11 @@ def rewrite(text, rules):
 
 
 def clean(text):
-    """The answer in a text in one plain spelling, without LaTeX, case and outer punctuation."""
+    """The answer in a text in one plain spelling, without LaTeX, case, quotes, outer punctuation."""
     text = rewrite(data.extract_answer(text).translate(SIGNS), PLAIN)
     text = unicodedata.normalize("NFKC", " ".join(text.split()))    # earlier, 2³ would become 23
-    return text.casefold().lstrip(" \"'`*").rstrip(" .,:;!?\"'`*")
+    text = re.sub(r"^([\"'`*]+)(.*)\1$", r"\2", text.casefold().rstrip(" .,:;?"))
+    return text.rstrip(" .,:;?")
 
 
 def value(node, depth=0):
@@ -141,8 +163,8 @@ def number(text):
         return None                                     # as of «5)», 2+3, sqrt(1, 2), 1/0, ((((
     if not abs(found) <= LARGEST:                       # nor infinity nor nan
         return None
-    exact = Fraction(found) if found == int(found) else found       # sqrt(25) is the exact 5
-    return exact, UNITS.get(unit, "") + power
+    exact = found == int(found) and abs(found) < 2 ** 53            # sqrt(25) is the exact 5
+    return Fraction(found) if exact else found, UNITS.get(unit, "") + power
 
 
 def rounded(amount, decimals):
@@ -150,7 +172,7 @@ def rounded(amount, decimals):
     return math.floor(amount * 10 ** decimals + 0.5)
 
 
-def tolerance(wanted, gold):
+def tolerance(given, wanted, gold):
     """How far an answer may lie from the value `wanted` of the clean text `gold`."""
     endless = isinstance(wanted, float) or 10 ** 99 % wanted.denominator != 0    # as a decimal
     if endless:
@@ -158,7 +180,7 @@ def tolerance(wanted, gold):
     decimals = re.search(r"\.(\d+)", gold)
     if decimals:                                        # half of the last; and 1/3 is 0.33
         return min(Fraction(1, 2 * 10 ** len(decimals[1])), abs(wanted) / 99)
-    return abs(wanted) / 10 ** 13                       # what floats lose
+    return abs(wanted) / 10 ** 13 if isinstance(given, float) else 0    # what floats lose
 
 
 def same_number(answer, gold, question=""):
@@ -173,9 +195,9 @@ def same_number(answer, gold, question=""):
     readings = [given, given * scale]                   # 50% may be meant as 50 or as 1/2
     asked = ROUNDED.search(question)
     if asked:
-        decimals = asked.lastindex or 0
+        decimals = DECIMALS.get((asked[1] or asked[2]).lower(), 0)
         return rounded(wanted, decimals) in [rounded(each, decimals) for each in readings]
-    return any(abs(each - wanted) <= tolerance(wanted, gold) for each in readings)
+    return any(abs(each - wanted) <= tolerance(each, wanted, gold) for each in readings)
 
 
 def area(box):
@@ -185,7 +207,7 @@ def area(box):
 
 def same_box(answer, gold):
     """Whether two texts are boxes [x1, y1, x2, y2] with an intersection over union >= 0.5."""
-    found = [BOX.fullmatch(text) for text in (answer, gold)]
+    found = [BOX.fullmatch(BOX_2D.sub(r"\1", text)) for text in (answer, gold)]
     if None in found:
         return False
     a, b = ([float(corner) for corner in match.groups()] for match in found)
@@ -194,45 +216,88 @@ def same_box(answer, gold):
     return union > 0 and area(shared) / union >= 0.5
 
 
+def same_items(answer, gold):
+    """Whether two texts are pairs, or {sets} in any order, of the same items."""
+    found = [ITEMS.fullmatch(text) for text in (answer, gold)]
+    if None in found or found[0][1] != found[1][1]:
+        return False
+    given, wanted = ([item.strip() for item in match[2].split(",")] for match in found)
+    if found[0][1] == "{":
+        given = [next((one for one in given if same(one, item)), "") for item in wanted]
+    return len(given) == len(wanted) and all(map(same, given, wanted))
+
+
+def same(answer, gold, question="", box=False):
+    """Whether two clean texts say the same, as a number, a box, pairs and sets, or a text."""
+    name, answer = NAMED.fullmatch(answer).groups()
+    wanted_name, gold = NAMED.fullmatch(gold).groups()
+    if None not in (name, wanted_name) and name != wanted_name:     # x = 3 is not y = 3
+        return False
+    if number(gold) or box:
+        return same_box(answer, gold) if box else same_number(answer, gold, question)
+    tight = [re.sub(r" ?([^\w ]) ?", r"\1", text) for text in (answer, gold)]
+    return gold != "" and (tight[0] == tight[1] or same_items(answer, gold))
+
+
 def chosen(text, choices):
     """The place of the one choice that a letter, a text, both or a value speak of, or None."""
     if text in choices:
         return choices.index(text)
-    letter, rest = CHOICE.fullmatch(text).groups()
+    letter, rest = CHOICE.fullmatch(NAMED.fullmatch(text)[2]).groups()
     meant = [place for place in range(len(choices)) if letter in (None, chr(ord("a") + place))]
     if rest or letter is None:
-        meant = [place for place in meant
-                 if rest == choices[place] or same_number(rest, choices[place])]
+        meant = [place for place in meant if same(rest, choices[place])]
     return meant[0] if len(meant) == 1 else None
 
 
-def is_right(answer, gold, choices=None, question=""):
-    """Whether an answer equals the gold answer, by the kind of the gold answer."""
+def judge(answer, example):
+    """Whether an answer equals the example's, by the kind of that: among choices, a box, a number,
+    a text; None for what cannot be read as an answer of this kind."""
     if len(answer) > MAX_ANSWER:
-        return False
-    answer, gold = clean(answer), clean(gold)
-    choices = [clean(choice) for choice in choices or ()]
+        return None
+    answer, gold, question = clean(answer), clean(example.answer), example.question
+    letters, texts = zip(*LISTED.findall(question) or [("", "")])   # choices in the question
+    listed = texts if "".join(letters) in ("AB", "ABC", "ABCD", "ABCDE", "ABCDEF") else ()
+    choices = [clean(choice) for choice in example.choices or listed]
     place = chosen(gold, choices)
     if place is not None:
-        return chosen(answer, choices) == place
-    equal = answer == gold or same_box(answer, gold) or same_number(answer, gold, question)
-    return equal and gold != ""
+        meant = chosen(answer, choices)
+        return None if meant is None else meant == place
+    box = example.box or re.search("bounding.?box|bbox", question, re.I)
+    if answer == gold != "" or same(answer, gold, question, box):
+        return True
+    kind = BOX.fullmatch if box else number if number(gold) else bool
+    return False if kind(answer) else None
+
+
+def is_right(answer, gold, choices=None, question="", box=False):
+    return judge(answer, data.Example("", question, gold, choices=choices, box=box)) is True
+
+
+def check_gold(example):
+    """Raises a DataError for a gold answer that not even itself equals, or that is no choice."""
+    gold, choices = example.answer, [clean(choice) for choice in example.choices or ()]
+    if not judge(gold, example) or choices and chosen(clean(gold), choices) is None:
+        raise data.DataError(f"answer {gold!r:.80}: expected one of the choices, if there are any, "
+                             f"and 1 to {MAX_ANSWER} characters that mean something")
 
 
 def grade(response, example, answer_format="tags"):
-    """-> correct, formatted, faithful (None where no scene tells), steps with their truth."""
+    """-> correct, parsed, formatted, faithful (None where no scene tells), steps, each with its
+    truth."""
     answer = data.extract_answer(response)
     found = FORMATS[answer_format].fullmatch(response.strip())
     formatted = found is not None and not re.search(r"</?(think|answer)>", found[1] + found[2])
     if formatted and answer_format == "boxed":          # else two boxes, or a bracket too many
         formatted = answer == found[2].strip()
-    correct = is_right(answer, example.answer, example.choices, example.question)
-    steps, faithful = [], None
+    right = judge(answer, example)
+    correct, steps, faithful = right is True, [], None
     if example.scene:
         steps = data.check_steps(example.scene, found[1]) if formatted else []
         claims = [true for _, true in steps if true is not None]
         faithful = correct and bool(claims) and all(claims)
-    return SimpleNamespace(correct=correct, formatted=formatted, faithful=faithful, steps=steps)
+    return SimpleNamespace(correct=correct, parsed=right is not None, formatted=formatted,
+                           faithful=faithful, steps=steps)
 
 
 # ------------------------------------------------------------------------------------ statistics
@@ -281,7 +346,7 @@ def grouped(rows, key):
 
 def marks(rows):
     """-> for each question, whether each of its answers is right"""
-    return [[row["correct"] for row in answers] for answers in grouped(rows, "id").values()]
+    return [[row["correct"] for row in answers] for answers in grouped(rows, "index").values()]
 
 
 def verdict(row):
@@ -300,6 +365,7 @@ def summary(rows):
     accuracy = mean(map(mean, asked))
     figures = dict(n=n, accuracy=accuracy, interval=wilson(accuracy * n, n),
                    format=mean(row["formatted"] for row in rows),
+                   parsed=mean(row["parsed"] for row in rows),
                    length=mean(len(row["response_ids"]) for row in rows),
                    truncated=mean(row["truncated"] for row in rows))
     if rows[0]["faithful"] is not None:
@@ -334,7 +400,8 @@ def evaluate(sampler, processor, examples, split="", samples=1, temperature=0.0,
             example, response = asked[b], processor.decode(ids)
             graded = grade(response, example, processor.style["answer_format"])
             rows.append(dict(
-                id=example.id, split=split, family=example.family, prompt=example.question,
+                id=example.id, split=split, index=indices[b], family=example.family,
+                prompt=example.question,
                 prompt_ids=prompts.ids[b, :prompts.lengths[b]].tolist(), response_ids=ids,
                 logprobs=rollouts.logprobs[r, :len(ids)].tolist(), response=response,
                 truncated=not rollouts.finished[r].item(), answer=example.answer, **vars(graded)))
@@ -342,18 +409,18 @@ def evaluate(sampler, processor, examples, split="", samples=1, temperature=0.0,
 
 
 # ------------------------------------------------- the command line, and what every script asks
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
 
 
-def option(default, doc, choices=None, least=None):
+def option(default, doc, choices=None, least=0, most=10 ** 9):
     """A field of a Config: its default, its line in --help, what it may be."""
-    return field(default=default, metadata=dict(doc=doc, choices=choices, least=least))
+    return field(default=default, metadata=dict(doc=doc, choices=choices, range=(least, most)))
 
 
 def parse(Config, argv=None, doc=""):
     """Makes the command line of a dataclass, and the dataclass from a command line."""
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=form)
     for f in fields(Config):
         kind = dict(type=f.type, default=f.default, choices=f.metadata["choices"])
         shown = "" if f.default in (None, "") else " (default: %(default)s)"
@@ -362,19 +429,28 @@ def parse(Config, argv=None, doc=""):
         parser.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["doc"] + shown, **kind)
     args = parser.parse_args(argv)
     for f in fields(Config):
-        value, least = getattr(args, f.name), f.metadata["least"]
-        if least is not None and value is not None and value < least:
-            parser.error(f"--{f.name.replace('_', '-')} {value}: expected at least {least}")
+        value, (least, most) = getattr(args, f.name), f.metadata["range"]
+        if type(value) in (int, float) and not least <= value <= most:        # nor is it nan
+            parser.error(f"--{f.name.replace('_', '-')} {value}: expected {least} to {most}")
     return Config(**vars(args))
+
+
+def printable(text):
+    """Without the control characters that a path or an answer may hold."""
+    return re.sub(r"[^\n -~\xa0-\U0010ffff]", "?", text)
 
 
 def run_script(main, Config, doc, argv=None):
     """Runs main(config); what the user can mend ends as one clear line, not as a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")            # of a terminal that has only ASCII
     try:
-        main(parse(Config, argv, doc))
+        c = parse(Config, argv, doc)
+        data.MAX_PIXELS = getattr(c, "max_pixels", MAX_PIXELS)
+        main(c)
     except (data.DataError, CheckpointError, OSError) as error:
         _, _, told = str(error).rpartition("DataError: ")        # a worker's ends with its own
-        sys.exit(f"error: {told.strip()}")
+        sys.exit(f"error: {printable(told.strip())}")
     except KeyboardInterrupt:
         sys.exit("stopped")
 
@@ -382,7 +458,7 @@ def run_script(main, Config, doc, argv=None):
 def run_command(command):
     """Prints a command and runs it with the script beside this file."""
     print(f"\n$ {command}", flush=True)
-    script, *options = command.split()[1:]
+    script, *options = shlex.split(command)[1:]
     process = subprocess.Popen([sys.executable, pathlib.Path(__file__).with_name(script), *options])
     signal.signal(signal.SIGINT, lambda *_: process.send_signal(signal.SIGINT))     # it may save
     if code := process.wait():
@@ -397,9 +473,10 @@ class CommonConfig:
     instruction: str = option(None, "text after each question, e.g. to think first")
     answer_format: str = option(None, "tags: <answer>3</answer>; boxed: \\boxed{3}", tuple(FORMATS))
     longest_edge: int = option(None, "of a picture (default: a tile; Qwen: 512² as area)", least=1)
+    max_pixels: int = option(MAX_PIXELS, "of a picture; a larger one is a bad row", least=1)
     max_new_tokens: int = option(48, "longest answer", least=1)
-    seed: int = option(0, "seed of everything random", least=0)
-    device: str = option(DEVICE, "cpu or cuda", ("cpu", "cuda"))
+    seed: int = option(0, "seed of everything random")
+    device: str = option(DEVICES[0], "cpu or cuda", DEVICES)
     skip_bad_rows: bool = option(False, "count and skip bad rows of a file instead of stopping")
 
     def prompt(self):
@@ -413,11 +490,16 @@ class Config(CommonConfig):
     """Options of evaluate.py; study has its own."""
     model: str = option("runs/grpo", "directory: a run's, or a downloaded checkpoint's")
     against: str = option(None, "a second model on the same questions: paired bootstrap")
-    split: str = option("test,ood,text", "splits of the world: train, val, test, ood, text")
+    split: str = option(None, "of the world: test,ood,text, train, val; of a file: all, train, val")
     limit: int = option(600, "questions per split", least=1)
     samples: int = option(1, "answers per question; above 1 also pass@k", least=1)
-    temperature: float = option(None, "0 is greedy (default: 0 for one sample, else 1)", least=0)
+    temperature: float = option(None, "0 is greedy (default: 0 for one sample, else 1)")
     out: str = option(None, "file for one JSON row per answer")
+
+
+def load_examples(c, split, limit=None):
+    """The examples of a split of --data, as data.load_dataset."""
+    return data.load_dataset(c.data, split, limit, c.skip_bad_rows, check_gold)
 
 
 def answer_all(directory, c):
@@ -426,19 +508,19 @@ def answer_all(directory, c):
     model, processor = load_checkpoint(directory, c.device, dtype, c.prompt(), may_differ=False)
     sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop)
     temperature = float(c.samples > 1) if c.temperature is None else c.temperature
-    for split in c.split.split(",") if c.data == "world" else ["all"]:
-        examples = data.load_dataset(c.data, split, c.limit, c.skip_bad_rows)
+    for split in (c.split or ("test,ood,text" if c.data == "world" else "all")).split(","):
+        examples = load_examples(c, split, c.limit)
         yield from evaluate(sampler, processor, examples, split, c.samples, temperature,
                             c.max_new_tokens, c.seed)
 
 
-COLUMNS = ["accuracy", "faithful", "lucky", "format", "tokens"]          # of the tables
+COLUMNS = ["accuracy", "faithful", "lucky", "format", "parsed", "tokens"]    # of the tables
 
 
 def columns(figures):
     """The figures of a split or a family as cells under COLUMNS, shares in percent."""
     value, low, high = (100 * share for share in (figures["accuracy"], *figures["interval"]))
-    shares = [f"{100 * figures[name]:.1f}" if name in figures else "" for name in COLUMNS[1:4]]
+    shares = [f"{100 * figures[name]:.1f}" if name in figures else "" for name in COLUMNS[1:5]]
     return [f"{value:.1f} [{low:.0f}, {high:.0f}]", *shares, f"{figures['length']:.1f}"]
 
 
@@ -451,10 +533,12 @@ def text_table(rows):
 
 def main(c):
     rows = list(answer_all(c.model, c))
-    if c.out:
-        write_file(c.out, "".join(json.dumps(row) + "\n" for row in rows))
+    if c.out:                        # which may be a link or a pipe: written, not replaced
+        pathlib.Path(c.out).parent.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(c.out).write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = [["split", "family", *COLUMNS, "pass"]]
     for split, whole in summaries(rows).items():
+        print(f"{split}: {whole['n']} of {len(load_examples(c, split))} questions")
         for family, figures in [("", whole), *whole["families"].items()]:
             passes = [f"pass@{k} {share:.1%}" for k, share in figures.get("pass_at", {}).items()]
             table.append([split, family, *columns(figures), " ".join(passes)])
@@ -472,7 +556,7 @@ class StudyConfig:
     preset: str = option("quick", "smoke: does it run; quick: the comparison", ("smoke", "quick"))
     out: str = option("runs/study", "directory of the study")
     seeds: int = option(1, "runs per cell, each from the same base", least=1)
-    device: str = option(DEVICE, "cpu or cuda", ("cpu", "cuda"))
+    device: str = option(DEVICES[0], "cpu or cuda", DEVICES)
 
 
 PRESETS = {
@@ -486,29 +570,27 @@ CURVES = {"held_out": "#0b6e4f", "reward": "#c1440e", "accuracy": "#7a7a7a", "fo
 
 def study_cells(c):
     """Yields the study as commands to paste: `command` makes a model, `evaluation` tests it."""
-    preset = PRESETS[c.preset]
+    preset, out = PRESETS[c.preset], shlex.quote(c.out)
 
     def cell(strength, method, seed, name, model, command):
-        answers = f"{c.out}/answers/{name}.jsonl"
-        evaluation = (f"python evaluate.py --model {model} --limit {preset['limit']} "
-                      f"--device {c.device} --out {answers}")
-        return dict(name=name, strength=strength, method=method, seed=seed, model=model,
-                    command=command, evaluation=evaluation, answers=answers)
+        evaluation = (f"python evaluate.py --model {out}/{model} --limit {preset['limit']} "
+                      f"--device {c.device} --out {out}/answers/{name}.jsonl")
+        return dict(name=name, strength=strength, method=method, seed=seed, command=command,
+                    evaluation=evaluation, model=f"{c.out}/{model}",
+                    answers=f"{c.out}/answers/{name}.jsonl")
 
-    strong = f"{c.out}/base"
-    weak = f"{strong}/step-{preset['weak']}"         # kept on the way to the strong base
-    command = f"{preset['base']} --out {strong} --device {c.device} --resume"
-    yield cell("strong", "base", 0, "strong-base", strong, f"python sft.py --stage base {command}")
+    weak = f"base/step-{preset['weak']}"             # kept on the way to the strong base
+    command = f"{preset['base']} --out {out}/base --device {c.device} --resume"
+    yield cell("strong", "base", 0, "strong-base", "base", f"python sft.py --stage base {command}")
     yield cell("weak", "base", 0, "weak-base", weak, None)
     for seed in range(c.seeds):
-        for strength, base in (("weak", weak), ("strong", strong)):
-            after_sft = f"{c.out}/{strength}-sft-{seed}"
+        for strength, base in (("weak", weak), ("strong", "base")):
             for method, script, init in (("sft", "sft", base), ("grpo", "grpo", base),
-                                         ("sft-grpo", "grpo", after_sft)):
+                                         ("sft-grpo", "grpo", f"{strength}-sft-{seed}")):
                 name = f"{strength}-{method}-{seed}"
-                command = (f"python {script}.py --init {init} --seed {seed} {preset[script]} "
-                           f"--out {c.out}/{name} --device {c.device} --resume")
-                yield cell(strength, method, seed, name, f"{c.out}/{name}", command)
+                command = (f"python {script}.py --init {out}/{init} --seed {seed} {preset[script]} "
+                           f"--out {out}/{name} --device {c.device} --resume")
+                yield cell(strength, method, seed, name, name, command)
 
 
 def reward_curve(model):
@@ -612,9 +694,10 @@ def report(preset, machine, cells):
     answers = zip(*(data.read_jsonl(cell["answers"]) for cell in cells))       # by question
     tables = [rollout_table(cells, rows) for rows in list(answers)[:12]]
     commands = [cell[key] for cell in cells for key in ("command", "evaluation") if cell[key]]
-    return (f"{HEAD}<h1>{title}</h1>{html_table(main_table(cells))}<p>{NOTES}</p>{''.join(charts)}"
-            f"<h2>Rollouts (green: a true step, red: a false one)</h2>{''.join(tables)}"
-            "<h2>Commands</h2><pre>" + html.escape("\n".join(commands)) + "</pre>")
+    return printable(
+        f"{HEAD}<h1>{title}</h1>{html_table(main_table(cells))}<p>{NOTES}</p>{''.join(charts)}"
+        f"<h2>Rollouts (green: a true step, red: a false one)</h2>{''.join(tables)}"
+        "<h2>Commands</h2><pre>" + html.escape("\n".join(commands)) + "</pre>")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,15 @@ Departs from the paper: Muon beside AdamW. Its group size and format reward were
 """
 import copy
 import math
+import sys
 import time
+import warnings
 from dataclasses import dataclass
 
 import torch
 
 import data
-from evaluate import grade, mean, option, run_script
+from evaluate import grade, load_examples, mean, option, run_script
 from kernels import Rollouts
 from model import without_adapters
 from sft import Run, RunConfig, starting_model
@@ -47,7 +49,8 @@ def reward(response, length, example, answer_format, c):
         verdict = grade(response, example, answer_format)
     except Exception:                # a bug in a grader must not teach the policy anything
         return dict(reward=math.nan)
-    parts = dict(accuracy=float(verdict.correct), format=float(verdict.formatted))
+    parts = dict(accuracy=float(verdict.correct), parsed=float(verdict.parsed),
+                 format=float(verdict.formatted))
     if c.overlong == "penalty":      # DAPO, eq. 13
         parts["overlong"] = min((c.max_new_tokens - length) / c.overlong_buffer - 1, 0.0)
     total = parts["accuracy"] + c.format_weight * parts["format"] + parts.get("overlong", 0.0)
@@ -55,13 +58,16 @@ def reward(response, length, example, answer_format, c):
 
 
 def group_advantages(rewards, kind):
-    """GRPO's critic: how much better than its siblings each rollout did. (B, G); 0 for a nan."""
-    rewards = torch.where(rewards.isnan(), rewards.nanmean(1, keepdim=True), rewards).nan_to_num()
-    advantage = rewards - rewards.mean(1, keepdim=True)
+    """GRPO's critic: how much better than its siblings each rollout did. (B, G); 0 for a nan, which
+    is no sibling, and exactly 0 where all rewards are equal."""
+    rewards = rewards - rewards.nan_to_num(math.inf).amin(1, keepdim=True)
+    advantage = (rewards - rewards.nanmean(1, keepdim=True)).nan_to_num()
+    others = (rewards.isfinite().sum(1, keepdim=True) - 1).clamp(min=1)                  # (B, 1)
     if kind == "group":              # Dr. GRPO leaves this out: it favours very easy and very hard
-        advantage = advantage / (rewards.std(1, keepdim=True) + 1e-4)
+        std = (advantage.square().sum(1, keepdim=True) / others).sqrt()
+        advantage = advantage / (std + 1e-4)
     elif kind == "rloo":             # minus the mean of the others
-        advantage = advantage * rewards.shape[1] / (rewards.shape[1] - 1)
+        advantage = advantage * (others + 1) / others
     return advantage
 
 
@@ -87,7 +93,7 @@ def kl_estimate(logprob, reference, kind):
 def token_weights(mask, how, longest):
     """What each token's loss counts in the loss of a minibatch. (R, N) -> (R, N), of sum 1 but for
     «constant». Rows without a counted token count nowhere else."""
-    lengths = mask.sum(1, keepdim=True)                                        # (R, 1)
+    lengths = mask.sum(1, keepdim=True, dtype=torch.double)                    # (R, 1)
     if how == "sequence":
         return mask / lengths.clamp(min=1) / (lengths > 0).sum().clamp(min=1)
     return mask / (lengths.sum().clamp(min=1) if how == "token" else len(mask) * longest)
@@ -112,7 +118,7 @@ class Config(RunConfig):
                             ("group", "centred", "rloo"))
     ratio: str = option(None, "of a token, or of a sequence (GSPO)", ("token", "sequence"))
     clip: str = option(None, "of the objective (PPO), or of the weight (CISPO)", ("ppo", "cispo"))
-    clip_low: float = option(None, "the ratio is clipped below 1 minus this")
+    clip_low: float = option(None, "the ratio is clipped below 1 minus this", most=1)
     clip_high: float = option(None, "and above 1 plus this; CISPO: the largest weight")
     aggregation: str = option(None, "mean of means, by tokens, or by rows times max-new-tokens",
                               ("sequence", "token", "constant"))
@@ -155,7 +161,7 @@ def rollout(run, step, examples, prompts):
              for r, ids in enumerate(rollouts.rows())]
     rewards = torch.tensor([part["reward"] for part in parts]).view(-1, c.group)         # (B, G)
     advantage = group_advantages(rewards, c.advantage).view(-1, 1)                       # (R, 1)
-    equal = (rewards == rewards[:, :1]).all(1)       # (B,) groups that no gradient comes from
+    equal = (advantage == 0).view(-1, c.group).all(1)        # (B,) groups without a signal
     mask = rollouts.mask
     if c.filter == "drop":
         mask = mask & ~equal.repeat_interleave(c.group).to(c.device)[:, None]
@@ -197,8 +203,9 @@ def explore(run, step, examples, prompts, responses):
     experience, metrics = rollout(run, step, examples, prompts)
     rollouts, mask, advantage = experience.rollouts, experience.mask, experience.advantage
     minibatches = data.pieces(0, B, math.ceil(B / c.minibatches))
-    weights = torch.zeros_like(rollouts.logprobs)                              # (R, N)
-    new, old, reference, entropy = (torch.zeros_like(weights) for _ in range(4))
+    weights = torch.zeros_like(rollouts.logprobs, dtype=torch.double)          # (R, N)
+    new, old, reference, entropy = (torch.zeros_like(rollouts.logprobs) for _ in range(4))
+    updates = 0
     if run.reference is not None:
         with without_adapters(run.reference) as initial:
             reference = fixed_logprobs(run, initial, prompts, rollouts)
@@ -217,16 +224,25 @@ def explore(run, step, examples, prompts, responses):
                 old[rows] = logprob.detach()
             loss = token_loss(logprob, old[rows], rollouts.logprobs[rows], reference[rows],
                               advantage[rows], mask[rows], c)
-            loss = (loss * weights[rows]).sum()
+            loss = (loss * weights[rows].type_as(loss)).sum()
             loss.backward()
             loss_sum += loss.item()
+        if not (advantage[whole] * mask[whole]).any():   # no signal; Muon makes of the KL's
+            run.zero_grad()                              # small gradient a step as large as any
         grad_norm = run.optimizer_step(loss_sum, examples[start:stop])
+        updates += int(grad_norm > 0)
     counted = rollouts.mask
     gap = (old - rollouts.logprobs).abs()[counted]   # between sampler and trainer
-    metrics |= dict(loss=loss_sum, grad_norm=grad_norm, entropy=entropy[counted].mean().item())
+    gap_mean = gap.mean().item()
+    if gap_mean > 0.05:
+        (sys.exit if gap_mean > 0.2 else warnings.warn)(
+            f"step {step + 1}: log-probs of sampler and trainer differ by {gap_mean} a token; look "
+            "at dtypes, --temperature, banned tokens")
+    metrics |= dict(loss=loss_sum, grad_norm=grad_norm, updates=updates,
+                    entropy=entropy[counted].mean().item())
     if run.reference is not None:
         metrics["kl"] = kl_estimate(new, reference, "k3")[counted].mean().item()
-    return metrics | dict(gap_mean=gap.mean().item(), gap_max=gap.max().item())
+    return metrics | dict(gap_mean=gap_mean, gap_max=gap.max().item())
 
 
 def main(c):
@@ -236,7 +252,7 @@ def main(c):
     if c.beta or c.log_kl:           # with LoRA the model itself, without its adapters
         reference = model if c.lora_rank else copy.deepcopy(model).requires_grad_(False)
     limit = c.examples if c.data == "world" else None
-    examples = data.load_dataset(c.data, "train", limit, c.skip_bad_rows)
+    examples = load_examples(c, "train", limit)
     run = Run(c, model, processor, decay=False, reference=reference)
     run.train(examples, c.prompts, explore)
 

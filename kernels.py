@@ -91,14 +91,6 @@ if triton:
             tl.store(values + stored, load_fp32(v + at + e, e < E), e < E)
 
     @triton.jit
-    def swiglu_kernel(gate, up, out, size, BLOCK: tl.constexpr):
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < size
-        g = load_fp32(gate + at, inside)
-        g = (g * tl.sigmoid(g)).to(out.dtype.element_ty)
-        tl.store(out + at, g * load_fp32(up + at, inside), inside)
-
-    @triton.jit
     def decode_attention_kernel(q, keys, values, bias, ends, parts, sums, scale, share, R, S, G, H,
                                 K, E, QUERIES: tl.constexpr, WIDTH: tl.constexpr,
                                 SLOTS: tl.constexpr, PRECISION: tl.constexpr):
@@ -243,19 +235,6 @@ def decode_attention(q, keys, values, bias, ends):
     out = F.scaled_dot_product_attention(q.flatten(2, 3), keys.transpose(1, 2),
                                          values.transpose(1, 2), mask)
     return out.view(q.shape).transpose(1, 2).flatten(2, 3).flatten(0, 1)       # (B * G, H, E)
-
-
-def swiglu_triton(gate, up):
-    gate, up, size = gate.contiguous(), up.contiguous(), gate.numel()
-    out, grid = torch.empty_like(gate), (triton.cdiv(size, 1024),)   # 8 numbers a thread
-    swiglu_kernel[grid](gate, up, out, size=size, BLOCK=1024)
-    return out
-
-
-@on_cuda(swiglu_triton)
-def swiglu(gate, up):
-    """silu(gate) * up, of one shape."""
-    return F.silu(gate) * up
 
 
 def gumbel(keys, vocabulary):
@@ -406,6 +385,7 @@ class Sampler:
         seeds (B,): one per prompt; the same seed gives the same rollouts in any company. Without
         seeds every call gives the same."""
         B, T = prompts.ids.shape
+        self.source.expect(T + new_tokens)
         seeds = torch.arange(B) if seeds is None else seeds
         owner = torch.full((min(B, max(1, self.rows // group)),), -1)
         logprobs = torch.zeros(B, group, new_tokens, device=self.device)

@@ -15,18 +15,20 @@ import json
 import os
 import pathlib
 import re
+import shutil
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from safetensors.torch import load_file, save
+from tokenizers import AddedToken, Tokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import data
-from kernels import NEGATIVE, length_mask, rotary, swiglu, token_logprobs
+from kernels import NEGATIVE, length_mask, rotary, token_logprobs
 
 # Fresh layers are the identity, tokens as large as pieces of picture: what attends knows itself.
 SPREAD = dict(embed_tokens=0.6, lm_head=0.02, position_embedding=0.02, o_proj=0.0, down_proj=0.0,
@@ -56,14 +58,20 @@ def preset_config(size, processor):
 SIGLIP = dict(intermediate_size=3072, num_hidden_layers=12, layer_norm_eps=1e-6, hidden_size=1152,
               num_attention_heads=16, image_size=224, patch_size=32)
 LLAMA = dict(num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-6, rope_theta=1e4,
-             attention_bias=False)
-QWEN2 = dict(rms_norm_eps=1e-6, rope_theta=1e6, attention_bias=True)
+             attention_bias=False, max_position_embeddings=2048)
+QWEN2 = dict(rms_norm_eps=1e-6, rope_theta=1e6, attention_bias=True, max_position_embeddings=32768)
 QWEN_VIT = dict(depth=32, num_heads=16, patch_size=14)
 DEFAULTS = {        # model_type: what hub files leave out of vision_config and of text_config
     "idefics3": (SIGLIP, LLAMA), "smolvlm": (SIGLIP, LLAMA),
     "qwen2_vl": (QWEN_VIT | dict(embed_dim=1280, mlp_ratio=4, window_size=None), QWEN2),
     "qwen2_5_vl": (QWEN_VIT | dict(hidden_size=3584, intermediate_size=3420, window_size=112,
                                    fullatt_block_indexes=(7, 15, 23, 31)), QWEN2)}
+# Keys that change the arithmetic: what alone is computed here, of the text and of the vision.
+TEXT = dict(hidden_act="silu", mlp_bias=False, rope_type="default", partial_rotary_factor=1,
+            mrope_interleaved=False, use_sliding_window=False, quantization_config=None)
+VISION = dict(num_channels=3, in_channels=3, spatial_merge_size=2, temporal_patch_size=2)
+ACTIVATION = dict(idefics3="gelu_pytorch_tanh", smolvlm="gelu_pytorch_tanh",
+                  qwen2_vl="quick_gelu", qwen2_5_vl="silu")
 
 
 def read_config(raw):
@@ -74,14 +82,24 @@ def read_config(raw):
     vision, text = DEFAULTS[kind]
     given = raw.get("text_config", raw)              # Qwen's on the hub are flat
     rope = (given.get("rope_scaling") or {}) | (given.get("rope_parameters") or {})
-    text = text | rope | given
+    rope.setdefault("rope_type", rope.get("type", "default").replace("mrope", "default"))
+    text = text | raw | given | rope
     text.setdefault("num_key_value_heads", text["num_attention_heads"])
     text["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    vision = vision | raw["vision_config"]
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise CheckpointError(f"dtype {dtype!r}, not float32, bfloat16 or float16")
+    for part, only in (text, TEXT), (vision, VISION | dict(hidden_act=ACTIVATION[kind])):
+        for key, value in only.items():
+            if part.get(key, value) != value:
+                raise CheckpointError(f"{key} {part[key]!r:.80}: only {value!r} is computed here")
+        if max(part.get("num_hidden_layers", 0), part.get("depth", 0)) > 999:
+            raise CheckpointError("expected less than 1,000 layers")
     tied = raw.get("tie_word_embeddings") or given.get("tie_word_embeddings", False)
-    vision = SimpleNamespace(**vision | raw["vision_config"])
-    return SimpleNamespace(vision=vision, text=SimpleNamespace(**text), tied=tied,
-                           qwen="qwen" in kind, image_token=raw["image_token_id"],
-                           shuffle=raw.get("scale_factor", 2))
+    return SimpleNamespace(vision=SimpleNamespace(**vision), text=SimpleNamespace(**text),
+                           tied=tied, qwen="qwen" in kind, image_token=raw["image_token_id"],
+                           shuffle=raw.get("scale_factor", 2), dtype=getattr(torch, dtype))
 
 
 # ------------------------------------------------------------------------------------- vision
@@ -110,7 +128,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(wide, D, bias)
 
     def forward(self, x):
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class VisionLayer(nn.Module):
@@ -329,6 +347,12 @@ class VLM(nn.Module):
         if self.config.tied:
             self.lm_head.weight = self.decoder.embed_tokens.weight
 
+    def expect(self, tokens):
+        """Says so, once, where rows are longer than the model was made for."""
+        most = self.config.text.max_position_embeddings
+        if tokens > most:
+            warnings.warn(f"rows of up to {tokens} tokens: max_position_embeddings is {most}")
+
     def features(self, pixels, grids):
         """The image tokens of all pictures in reading order. -> (tokens, D)"""
         if self.config.qwen:
@@ -379,6 +403,7 @@ class VLM(nn.Module):
         last token predicts the first response token, so that token is run again as the first
         input of each rollout, and is masked out of the forked cache."""
         (R, N), device = ids.shape, ids.device
+        self.expect(prompts.ids.shape[1] + N)
         prompt = torch.arange(len(prompts.ids), device=device)                 # (B,)
         last = prompts.lengths - 1                                             # (B,)
 
@@ -486,8 +511,7 @@ def add_lora(model, rank, alpha, targets, base=None):
         if name.split(".")[-1] in names and isinstance(layer, nn.Linear):
             model.decoder.set_submodule(name, LoRA(layer, rank, alpha))
     if not any(p.requires_grad for p in model.parameters()):
-        raise CheckpointError(f"--lora-targets {targets}: no such linear layer in the decoder; "
-                              "its layers have q_proj, k_proj, v_proj, o_proj, gate_proj, ...")
+        raise CheckpointError(f"--lora-targets {targets}: no such layer; it has q_proj, up_proj, ...")
     decoder = "language_model" if model.config.qwen else "text_model"
     model.adapter = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=alpha,
                          target_modules=rf".*{decoder}.*\.({'|'.join(names)})", lora_dropout=0.0,
@@ -496,25 +520,36 @@ def add_lora(model, rank, alpha, targets, base=None):
 
 # ------------------------------------------------------------------------------- load and save
 def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("expected an object")
+    return found
 
 
 def write_file(path, content, metadata=None):
-    """A text, or {name: tensor}; whenever it is killed, a reader sees the old file or the new."""
-    new = pathlib.Path(f"{path}.new")
+    """A text, or {name: tensor}; whenever it is killed, a reader sees the old file or the new. What
+    that leaves behind goes with the next file that is written there."""
+    path = pathlib.Path(path)
+    new = path.parent / ".saving" / path.name
     new.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, str):
-        new.write_text(content, encoding="utf-8")
-    else:
+    if not isinstance(content, str):
         tensors = {name: tensor.detach().contiguous() for name, tensor in content.items()}
-        save_file(tensors, new, metadata or {"format": "pt"})
-    os.replace(new, path)
+        content = save(tensors, metadata or {"format": "pt"})
+    try:
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(new, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(new.parent, ignore_errors=True)
 
 
-# What other programs read beside weights and tokenizer; only picture sizes and ends are changed.
+# What people and other programs read beside weights and tokenizer; only picture sizes and ends are
+# changed.
 SIDE_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json",
               "special_tokens_map.json", "generation_config.json", "chat_template.json",
-              "chat_template.jinja")
+              "chat_template.jinja", "video_preprocessor_config.json", "added_tokens.json",
+              "vocab.json", "merges.txt", "README.md", "LICENSE")
 
 
 def tabletop_files(processor):
@@ -548,7 +583,8 @@ def hub_state(model):
 def side_files(model, processor):
     """{name: text} beside the weights: side files as they came, but for what this run changed."""
     files, size = dict(processor.files), processor.preprocessing()
-    files["config.json"] = json.dumps(model.raw, indent=1)
+    dtype = str(model.config.dtype).removeprefix("torch.")
+    files["config.json"] = json.dumps(model.raw | dict(dtype=dtype, torch_dtype=dtype), indent=1)
     files["prompt.json"] = json.dumps(processor.style, indent=1)
     files["tokenizer.json"] = processor.tokenizer.to_str(pretty=True)
 
@@ -570,35 +606,69 @@ def save_checkpoint(model, processor, directory):
     directory = pathlib.Path(directory)
     for name, text in side_files(model, processor).items():
         write_file(directory / name, text)
-    dtype = getattr(torch, model.raw.get("dtype") or model.raw.get("torch_dtype") or "float32")
     write_file(directory / "model.safetensors", {
-        name: tensor.to("cpu", dtype) for name, tensor in hub_state(model).items()})
+        name: tensor.to("cpu", model.config.dtype) for name, tensor in hub_state(model).items()})
+    for old in [*directory.glob("model*.safetensors*"), *directory.glob("pytorch_model*")]:
+        if old.name != "model.safetensors":          # shards, and the index that speaks of them
+            old.unlink()
     if model.adapter:
         write_file(directory / "adapter" / "adapter_config.json", json.dumps(model.adapter))
         write_file(directory / "adapter" / "adapter_model.safetensors", {
             f"base_model.model.{n}": t for n, t in model.state_dict().items() if "lora_" in n})
 
 
-def read_file(read, path):
-    """read(path), or an error that names the file."""
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing; expected a run directory, or a downloaded "
-                              "checkpoint, with config.json, model.safetensors, tokenizer.json")
+def read_file(read, path, default=None):
+    """read(path), or an error that names the file. default: where that may be missing."""
+    if default is not None and not path.exists():
+        return default
+    if not path.is_file():           # nor a pipe, which would be waited for
+        raise CheckpointError(f"{path} is missing; expected the directory of a checkpoint or run")
     try:
         return read(path)
+    except (KeyError, AttributeError) as error:
+        key = getattr(error, "name", None) or error.args[0]
+        raise CheckpointError(f"{path}: the key {key!r} is missing") from None
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def read_side_file(path):
+    """-> its text; of JSON, which is changed when it is saved, only an object."""
+    return json.dumps(read_json(path)) if path.suffix == ".json" else path.read_text("utf-8")
+
+
+def read_tokenizer(path):
+    """tokenizer.json, with the tokens that stand in files beside it alone, as transformers does."""
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()        # files of other trainings keep these
+    tokenizer.no_padding()
+    config = read_file(read_json, path.with_name("tokenizer_config.json"), {})
+    added = read_file(read_json, path.with_name("added_tokens.json"), {})
+    tokens = {place: dict(content=token, special=True) for token, place in added.items()}
+    tokens |= {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
+    for place, token in sorted(tokens.items()):
+        tokenizer.add_tokens([AddedToken(**token)])
+        if tokenizer.token_to_id(token["content"]) != place:
+            raise ValueError(f"{token['content']} is not token {place}, as files beside it say")
+    return tokenizer
+
+
+def read_index(path):
+    """The names of the shards; of what lies elsewhere, too, so that it is missing."""
+    return sorted({pathlib.Path(name).name for name in read_json(path)["weight_map"].values()})
 
 
 def load_weights(model, directory, dtype):
     """Reads the weights, of one file or of shards, into a model that has none yet. Strict: every
     tensor, no other tensor, every shape; or an error that lists what differs."""
-    index, shards = directory / "model.safetensors.index.json", ["model.safetensors"]
-    if index.exists():
-        shards = sorted(set(read_file(read_json, index)["weight_map"].values()))
+    shards = ["model.safetensors"]   # goes before shards, as in transformers
+    if not (directory / shards[0]).exists():
+        shards = read_file(read_index, directory / "model.safetensors.index.json", shards)
     ours, tensors = {hub_name(name): name for name in model.state_dict()}, {}
     for shard in shards:
         for name, tensor in read_file(load_file, directory / shard).items():
+            if not (tensor.is_floating_point() and tensor.isfinite().all()):
+                raise CheckpointError(f"{directory / shard}: {name} holds no finite numbers")
             tensors[ours.get(hub_name(name), name)] = tensor.to(dtype)
     if model.config.tied:            # the file may hold the head or not
         tensors["lm_head.weight"] = model.lm_head.weight
@@ -611,26 +681,28 @@ def load_weights(model, directory, dtype):
 
 def load_processor(model, directory, prompt, may_differ):
     """The tokenizer, and how the model is asked and shown pictures."""
-    tokenizer = read_file(lambda path: Tokenizer.from_file(str(path)), directory / "tokenizer.json")
-    tokenizer.no_truncation()        # files of other trainings keep these
-    tokenizer.no_padding()
-    files = {name: (directory / name).read_text("utf-8") for name in SIDE_FILES
+    tokenizer = read_file(read_tokenizer, directory / "tokenizer.json")
+    files = {name: read_file(read_side_file, directory / name) for name in SIDE_FILES
              if (directory / name).exists()}
     path = directory / "prompt.json"
-    stored = read_file(read_json, path) if path.exists() else {}
-    style = stored | (prompt or {})
-    if stored and style != stored and not may_differ:
-        raise CheckpointError(f"{path}: this model was trained with {stored}; got {prompt}. "
-                              "Leave these options out, or train with them")
+    stored = read_file(read_json, path, {})
+    style = data.PROMPT | stored | (prompt or {})
+    if [*map(type, style.values())] != [*map(type, data.PROMPT.values())]:
+        raise CheckpointError(f"{path} holds {stored}; expected values as in {data.PROMPT}")
+    if stored and style != data.PROMPT | stored and not may_differ:
+        raise CheckpointError(f"{path}: trained with {stored}, got {prompt}: leave these out")
     vision = model.config.vision
     if model.config.qwen:
         processor = data.QwenProcessor(tokenizer, 2 * vision.patch_size, 1, style, files)
     else:
         side = vision.image_size // vision.patch_size // model.config.shuffle
         processor = data.Processor(tokenizer, vision.image_size, side ** 2, style, files)
-    if processor.stop is None or processor.image != model.config.image_token:
-        raise CheckpointError(f"{directory}: tokenizer: {processor.IMAGE} is {processor.image}"
-                              f", {processor.STOP} is {processor.stop}; config.json disagrees")
+    last = max(tokenizer.get_vocab().values())
+    if (processor.stop is None or processor.image != model.config.image_token
+            or last >= model.vocabulary):
+        raise CheckpointError(f"{directory}: config.json disagrees with the tokenizer: {last} is its "
+                              f"last token, {processor.STOP} {processor.stop}, {processor.IMAGE} "
+                              f"{processor.image}")
     return processor
 
 

@@ -15,6 +15,7 @@ what every run needs (`Run`, optimizers, data order) follows at the end, and grp
 Departs from the paper: Muon on the matrices beside AdamW, a small model, traces written by the
 world instead of sampled from a larger model.
 """
+import hashlib
 import json
 import math
 import pathlib
@@ -30,9 +31,10 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
-from evaluate import CommonConfig, evaluate, option, run_command, run_script, summary
+from evaluate import (CommonConfig, evaluate, load_examples, option, run_command, run_script,
+                      summary)
 from kernels import Sampler, length_mask
-from model import (SIZES, CheckpointError, add_lora, fresh, load_checkpoint, read_json,
+from model import (SIZES, CheckpointError, add_lora, fresh, load_checkpoint, read_file, read_json,
                    recompute_activations, save_checkpoint, write_file)
 
 WEIGHTS = {  # name: w_t from the token's probability p and the entropy there, without gradient
@@ -59,18 +61,18 @@ class RunConfig(CommonConfig):
     out: str = option(None, "run directory (default: runs/ and what the run is)")
     examples: int = option(2000, "how many questions of the world to use: its first ones", least=1)
     steps: int = option(None, "training steps", least=1)
-    lr: float = option(None, "peak learning rate (default: by the size of the model, see README)")
-    warmup: int = option(20, "steps until the peak learning rate", least=0)
+    lr: float = option(None, "peak learning rate (default: by size, see README)", None, 1e-9, 1)
+    warmup: int = option(20, "steps until the peak learning rate")
     save_every: int = option(50, "steps between checkpoints", least=1)
     keep: str = option("", "steps after which the model is also kept as OUT/step-N, e.g. 300,600")
-    eval_every: int = option(0, "steps between evaluations on val; 0: first and last", least=0)
+    eval_every: int = option(0, "steps between evaluations on val; 0: first and last")
     eval_examples: int = option(240, "questions of an evaluation", least=1)
     resume: bool = option(False, "go on where the run in OUT stopped")
-    micro_batch: int = option(0, "questions per pass, gradients add up; 0: a step's", least=0)
+    micro_batch: int = option(0, "questions per pass, gradients add up; 0: a step's")
     recompute: bool = option(False, "run each layer again backward instead of keeping activations")
     freeze_vision: bool = option(False, "train the decoder and what joins the ViT to it alone")
-    lora_rank: int = option(0, "of adapters on a frozen decoder; 0: train the weights", least=0)
-    lora_alpha: float = option(32.0, "adapters are scaled by this over the rank")
+    lora_rank: int = option(0, "of adapters on a frozen decoder; 0: train the weights")
+    lora_alpha: float = option(32.0, "adapters are scaled by this over the rank", least=1e-3)
     lora_targets: str = option("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
                                "which matrices of the decoder get adapters")
 
@@ -102,24 +104,38 @@ def imitate(run, step, examples, prompts, responses):
         loss_sum += loss.item()
         entropy_sum += entropy.sum().item()
     grad_norm = run.optimizer_step(loss_sum, examples)
-    return dict(loss=loss_sum, grad_norm=grad_norm, entropy=entropy_sum / tokens, tokens=tokens)
+    return dict(loss=loss_sum, grad_norm=grad_norm, updates=int(grad_norm > 0),
+                entropy=entropy_sum / tokens, tokens=tokens)
 
 
 def training_examples(c):
     """-> sequence of Example. Of a file of rollouts (evaluate.py --out), the right ones."""
+    if c.traces not in ("canonical", "verbose", "answer"):
+        return read_traces(c.traces, load_examples(c, "train"))
     if c.data != "world" and c.traces != "canonical":
         raise data.DataError(f"--traces {c.traces}: of the world alone; a file has its own answers")
     if c.data != "world":
-        return data.load_dataset(c.data, skip_bad_rows=c.skip_bad_rows)
+        return load_examples(c, "train")
     if c.stage == "base":
         return data.World("base", size=c.steps * c.batch)
-    if c.traces in ("canonical", "verbose", "answer"):
-        return data.World("train", c.traces, c.examples)
-    right = [row for row in data.read_jsonl(c.traces) if row.get("correct", True)]
-    if not right:
-        raise data.DataError(f"{c.traces}: no right answer among its rows")
-    return [replace(data.world_example(*row["id"].partition("/")[::2]), response=row["response"])
-            for row in right]
+    return data.World("train", c.traces, c.examples)
+
+
+def read_traces(path, examples):
+    """The questions of right rollouts of these examples, to be answered as there."""
+    def trace(row, where):
+        try:
+            example, response = examples[row["index"]], data.as_text(row["response"])
+            assert row["prompt"] == example.question
+            return replace(example, response=response) if row["correct"] else None
+        except (AssertionError, LookupError, TypeError):
+            raise data.DataError("expected rows of evaluate.py --split train --out FILE, of the "
+                                 "same --data") from None
+
+    traces = list(filter(None, data.read_jsonl(path, trace)))
+    if not traces:
+        raise data.DataError(f"{path}: no right answer among its rows")
+    return traces
 
 
 def main(c):
@@ -127,7 +143,7 @@ def main(c):
     if c.stage == "base" and c.data == "world":
         c.steps = c.steps or 2000
     examples = training_examples(c)
-    c.steps = c.steps or c.epochs * max(1, len(examples) // c.batch)
+    c.steps = c.steps or c.epochs * math.ceil(len(examples) / c.batch)
     if c.stage == "base" or c.init is None and c.data != "world":
         text = [examples[i] for i in range(min(3000, len(examples)))]    # for the tokenizer
         if c.data == "world":
@@ -193,11 +209,18 @@ def lr_factor(step, steps, warmup, decay):
 
 
 def batch_indices(count, batch, step, seed):
-    """Indices of the examples of a step: a new shuffle in each epoch, from (seed, epoch)."""
-    batch = min(batch, count)
-    epoch, place = divmod(step, count // batch)
+    """Indices of the examples of a step: a new shuffle in each epoch, from (seed, epoch). The last
+    step of an epoch has what is left of it."""
+    epoch, place = divmod(step, math.ceil(count / batch))
     order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=order)[place * batch:(place + 1) * batch].tolist()
+
+
+def checksum(name):
+    """Of a file, or of the weights in a directory; [] of anything else."""
+    path = pathlib.Path(name or "world")
+    files = sorted(path.glob("*.safetensors")) or [path] * path.is_file()
+    return [hashlib.file_digest(open(file, "rb"), "sha256").hexdigest() for file in files]
 
 
 class Run:
@@ -207,6 +230,8 @@ class Run:
         self.config, self.model, self.processor = config, model, processor
         self.decay, self.reference = decay, reference
         self.step, self.out = 0, pathlib.Path(config.out)        # step: how many are done
+        self.options = asdict(config) | {
+            "init-weights": checksum(config.init), "data-rows": checksum(config.data)}
         self.state = self.out / "training" / "state.safetensors"
         torch.backends.cuda.matmul.allow_tf32 = True             # the head's gradient is fp32
         self.trained = trained_parameters(model, config)
@@ -223,22 +248,38 @@ class Run:
         c, path, metrics = self.config, self.out / "run.json", self.out / "metrics.jsonl"
         if not c.resume and metrics.exists():
             sys.exit(f"error: {self.out} already holds a run; --resume it, or choose another --out")
-        stored = read_json(path) if c.resume and path.exists() else {}
-        for name, value in asdict(c).items():
-            may_change = name in ("resume", "device", "save_every", "micro_batch", "recompute")
+        if c.init and self.out.resolve() == pathlib.Path(c.init).resolve():
+            sys.exit(f"error: --out {self.out} is --init, which would be lost; choose another")
+        self.take_lock()
+        stored = read_file(read_json, path, {}) if c.resume else {}
+        for name, value in self.options.items():
+            may_change = name in ("resume", "device", "save_every", "micro_batch", "recompute",
+                                  "max_pixels") or name == "steps" and not self.decay
             if name in stored and stored[name] != value and not may_change:
                 sys.exit(f"error: --{name.replace('_', '-')}: the run in {self.out} has "
                          f"{stored[name]!r}, now {value!r}; or choose another --out")
-        write_file(path, json.dumps(asdict(c), indent=1))
+        write_file(path, json.dumps(self.options, indent=1))
         rows = []
         if c.resume and self.state.exists():
             self.restore()
             rows = data.read_jsonl(metrics, skip_bad_rows=True)  # a kill may leave half a row
-        kept = [row for row in rows if row["step"] <= self.step]
+        kept = [row for row in rows if isinstance(row, dict) and row.get("step", 0) <= self.step]
         write_file(metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
+    def take_lock(self):
+        """Ends a second run in one directory."""
+        self.state.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.state.with_name("lock"), "w")
+        try:
+            import fcntl             # which Windows has not
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except BlockingIOError:
+            sys.exit(f"error: another run is at work in {self.out}")
+
     def restore(self):
-        tensors = load_file(self.state, device=self.config.device)
+        tensors = read_file(lambda path: load_file(path, self.config.device), self.state)
         with safe_open(self.state, "pt") as file:
             self.step = int(file.metadata()["step"])
         if {key.rpartition("/")[0] for key in tensors} != self.trained.keys():
@@ -255,6 +296,8 @@ class Run:
 
     def save(self):
         """The checkpoint that others open; last, in one atomic file, the state to resume from."""
+        if not all(p.isfinite().all() for p in self.trained.values()):
+            self.not_finite("a weight")
         if self.is_kept():
             save_checkpoint(self.model, self.processor, self.out / f"step-{self.step}")
         save_checkpoint(self.model, self.processor, self.out)
@@ -279,19 +322,23 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             ids = ", ".join(example.id for example in examples)
-            sys.exit(f"error: step {self.step + 1}: loss {loss} or gradient norm {norm} is not "
-                     f"finite; batch: {ids}. The last checkpoint in {self.out} is intact; a lower "
-                     "--lr is the usual cure")
+            self.not_finite(f"loss {loss} or gradient norm {norm}, batch {ids},")
+        if norm == 0:                # Muon would go on in its last direction, by a whole step
+            return norm
         factor = lr_factor(self.step, self.config.steps, self.config.warmup, self.decay)
         for optimizer in set(self.optimizers.values()):
             optimizer.param_groups[0]["lr"] = factor * optimizer.param_groups[0]["peak_lr"]
             optimizer.step()
         return norm
 
+    def not_finite(self, what):
+        saved = f"the checkpoint in {self.out} is intact; " if self.state.exists() else ""
+        sys.exit(f"error: step {self.step + 1}: {what} is not finite; {saved}try a lower --lr")
+
     def validate(self):
         """Greedy accuracy on the split val (never trained on, not the test)."""
         c = self.config
-        examples = data.load_dataset(c.data, "val", c.eval_examples, c.skip_bad_rows)
+        examples = load_examples(c, "val", c.eval_examples)
         self.sampler.refresh()
         rows = evaluate(self.sampler, self.processor, examples, "val", new_tokens=c.max_new_tokens)
         figures = summary(rows)
@@ -311,7 +358,8 @@ class Run:
                    for step in range(self.step, c.steps))
         before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
         prepared = iter(self.processor.prefetch(examples, batches, c.device))  # workers inherit it
-        if self.step == 0:
+        if self.step == 0:           # what would fail at the first save fails before the first step
+            save_checkpoint(self.model, self.processor, self.out)
             self.validate()
         bar = tqdm(range(self.step, c.steps), c.out, initial=self.step, total=c.steps, disable=None)
         for step in bar:
@@ -330,7 +378,7 @@ class Run:
             if interrupted:
                 sys.exit(f"stopped after step {self.step}; saved; go on with --resume")
         signal.signal(signal.SIGINT, before)
-        write_file(self.out / "run.json", json.dumps(asdict(c) | dict(finished=True), indent=1))
+        write_file(self.out / "run.json", json.dumps(self.options | dict(finished=True), indent=1))
 
 
 if __name__ == "__main__":
