@@ -435,11 +435,6 @@ def parse(Config, argv=None, doc=""):
     return Config(**vars(args))
 
 
-def printable(text):
-    """Without the control characters that a path or an answer may hold."""
-    return re.sub(r"[^\n -~\xa0-\U0010ffff]", "?", text)
-
-
 def run_script(main, Config, doc, argv=None):
     """Runs main(config); what the user can mend ends as one clear line, not as a traceback."""
     for stream in (sys.stdout, sys.stderr):
@@ -450,7 +445,7 @@ def run_script(main, Config, doc, argv=None):
         main(c)
     except (data.DataError, CheckpointError, OSError) as error:
         _, _, told = str(error).rpartition("DataError: ")        # a worker's ends with its own
-        sys.exit(f"error: {printable(told.strip())}")
+        sys.exit(f"error: {told.strip()}")
     except KeyboardInterrupt:
         sys.exit("stopped")
 
@@ -694,10 +689,9 @@ def report(preset, machine, cells):
     answers = zip(*(data.read_jsonl(cell["answers"]) for cell in cells))       # by question
     tables = [rollout_table(cells, rows) for rows in list(answers)[:12]]
     commands = [cell[key] for cell in cells for key in ("command", "evaluation") if cell[key]]
-    return printable(
-        f"{HEAD}<h1>{title}</h1>{html_table(main_table(cells))}<p>{NOTES}</p>{''.join(charts)}"
-        f"<h2>Rollouts (green: a true step, red: a false one)</h2>{''.join(tables)}"
-        "<h2>Commands</h2><pre>" + html.escape("\n".join(commands)) + "</pre>")
+    return (f"{HEAD}<h1>{title}</h1>{html_table(main_table(cells))}<p>{NOTES}</p>{''.join(charts)}"
+            f"<h2>Rollouts (green: a true step, red: a false one)</h2>{''.join(tables)}"
+            "<h2>Commands</h2><pre>" + html.escape("\n".join(commands)) + "</pre>")
 
 
 if __name__ == "__main__":

@@ -235,9 +235,8 @@ def explore(run, step, examples, prompts, responses):
     gap = (old - rollouts.logprobs).abs()[counted]   # between sampler and trainer
     gap_mean = gap.mean().item()
     if gap_mean > 0.05:
-        (sys.exit if gap_mean > 0.2 else warnings.warn)(
-            f"step {step + 1}: log-probs of sampler and trainer differ by {gap_mean} a token; look "
-            "at dtypes, --temperature, banned tokens")
+        told = f"step {step + 1}: sampler and trainer differ by {gap_mean} a token: dtype, bans?"
+        (sys.exit if gap_mean > 0.2 else warnings.warn)(told)
     metrics |= dict(loss=loss_sum, grad_norm=grad_norm, updates=updates,
                     entropy=entropy[counted].mean().item())
     if run.reference is not None:

@@ -385,7 +385,6 @@ class Sampler:
         seeds (B,): one per prompt; the same seed gives the same rollouts in any company. Without
         seeds every call gives the same."""
         B, T = prompts.ids.shape
-        self.source.expect(T + new_tokens)
         seeds = torch.arange(B) if seeds is None else seeds
         owner = torch.full((min(B, max(1, self.rows // group)),), -1)
         logprobs = torch.zeros(B, group, new_tokens, device=self.device)

@@ -16,7 +16,6 @@ import os
 import pathlib
 import re
 import shutil
-import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -56,22 +55,20 @@ def preset_config(size, processor):
 
 
 SIGLIP = dict(intermediate_size=3072, num_hidden_layers=12, layer_norm_eps=1e-6, hidden_size=1152,
-              num_attention_heads=16, image_size=224, patch_size=32)
+              num_attention_heads=16, image_size=224, patch_size=32, hidden_act="gelu_pytorch_tanh")
 LLAMA = dict(num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-6, rope_theta=1e4,
-             attention_bias=False, max_position_embeddings=2048)
-QWEN2 = dict(rms_norm_eps=1e-6, rope_theta=1e6, attention_bias=True, max_position_embeddings=32768)
+             attention_bias=False)
+QWEN2 = dict(rms_norm_eps=1e-6, rope_theta=1e6, attention_bias=True)
 QWEN_VIT = dict(depth=32, num_heads=16, patch_size=14)
 DEFAULTS = {        # model_type: what hub files leave out of vision_config and of text_config
     "idefics3": (SIGLIP, LLAMA), "smolvlm": (SIGLIP, LLAMA),
-    "qwen2_vl": (QWEN_VIT | dict(embed_dim=1280, mlp_ratio=4, window_size=None), QWEN2),
+    "qwen2_vl": (QWEN_VIT | dict(embed_dim=1280, mlp_ratio=4, window_size=None,
+                                 hidden_act="quick_gelu"), QWEN2),
     "qwen2_5_vl": (QWEN_VIT | dict(hidden_size=3584, intermediate_size=3420, window_size=112,
-                                   fullatt_block_indexes=(7, 15, 23, 31)), QWEN2)}
-# Keys that change the arithmetic: what alone is computed here, of the text and of the vision.
-TEXT = dict(hidden_act="silu", mlp_bias=False, rope_type="default", partial_rotary_factor=1,
-            mrope_interleaved=False, use_sliding_window=False, quantization_config=None)
-VISION = dict(num_channels=3, in_channels=3, spatial_merge_size=2, temporal_patch_size=2)
-ACTIVATION = dict(idefics3="gelu_pytorch_tanh", smolvlm="gelu_pytorch_tanh",
-                  qwen2_vl="quick_gelu", qwen2_5_vl="silu")
+                                   fullatt_block_indexes=(7, 15, 23, 31), hidden_act="silu"), QWEN2)}
+# Keys that change the arithmetic but no shape: what alone is computed here.
+FIXED = dict(hidden_act="silu", rope_type="default", partial_rotary_factor=1,
+             mrope_interleaved=False, use_sliding_window=False, quantization_config=None)
 
 
 def read_config(raw):
@@ -90,12 +87,10 @@ def read_config(raw):
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise CheckpointError(f"dtype {dtype!r}, not float32, bfloat16 or float16")
-    for part, only in (text, TEXT), (vision, VISION | dict(hidden_act=ACTIVATION[kind])):
-        for key, value in only.items():
-            if part.get(key, value) != value:
-                raise CheckpointError(f"{key} {part[key]!r:.80}: only {value!r} is computed here")
-        if max(part.get("num_hidden_layers", 0), part.get("depth", 0)) > 999:
-            raise CheckpointError("expected less than 1,000 layers")
+    expected = [(text, FIXED), (vision, dict(hidden_act=DEFAULTS[kind][0]["hidden_act"]))]
+    for part, key, only in [(part, *item) for part, fixed in expected for item in fixed.items()]:
+        if part.get(key, only) != only:
+            raise CheckpointError(f"{key} is {part[key]!r:.80}; only {only!r} is computed here")
     tied = raw.get("tie_word_embeddings") or given.get("tie_word_embeddings", False)
     return SimpleNamespace(vision=SimpleNamespace(**vision), text=SimpleNamespace(**text),
                            tied=tied, qwen="qwen" in kind, image_token=raw["image_token_id"],
@@ -347,12 +342,6 @@ class VLM(nn.Module):
         if self.config.tied:
             self.lm_head.weight = self.decoder.embed_tokens.weight
 
-    def expect(self, tokens):
-        """Says so, once, where rows are longer than the model was made for."""
-        most = self.config.text.max_position_embeddings
-        if tokens > most:
-            warnings.warn(f"rows of up to {tokens} tokens: max_position_embeddings is {most}")
-
     def features(self, pixels, grids):
         """The image tokens of all pictures in reading order. -> (tokens, D)"""
         if self.config.qwen:
@@ -403,7 +392,6 @@ class VLM(nn.Module):
         last token predicts the first response token, so that token is run again as the first
         input of each rollout, and is masked out of the forked cache."""
         (R, N), device = ids.shape, ids.device
-        self.expect(prompts.ids.shape[1] + N)
         prompt = torch.arange(len(prompts.ids), device=device)                 # (B,)
         last = prompts.lengths - 1                                             # (B,)
 
@@ -686,10 +674,8 @@ def load_processor(model, directory, prompt, may_differ):
              if (directory / name).exists()}
     path = directory / "prompt.json"
     stored = read_file(read_json, path, {})
-    style = data.PROMPT | stored | (prompt or {})
-    if [*map(type, style.values())] != [*map(type, data.PROMPT.values())]:
-        raise CheckpointError(f"{path} holds {stored}; expected values as in {data.PROMPT}")
-    if stored and style != data.PROMPT | stored and not may_differ:
+    style = stored | (prompt or {})
+    if stored and style != stored and not may_differ:
         raise CheckpointError(f"{path}: trained with {stored}, got {prompt}: leave these out")
     vision = model.config.vision
     if model.config.qwen:
@@ -697,12 +683,9 @@ def load_processor(model, directory, prompt, may_differ):
     else:
         side = vision.image_size // vision.patch_size // model.config.shuffle
         processor = data.Processor(tokenizer, vision.image_size, side ** 2, style, files)
-    last = max(tokenizer.get_vocab().values())
-    if (processor.stop is None or processor.image != model.config.image_token
-            or last >= model.vocabulary):
-        raise CheckpointError(f"{directory}: config.json disagrees with the tokenizer: {last} is its "
-                              f"last token, {processor.STOP} {processor.stop}, {processor.IMAGE} "
-                              f"{processor.image}")
+    if processor.stop is None or processor.image != model.config.image_token:
+        raise CheckpointError(f"{directory}: tokenizer: {processor.IMAGE} is {processor.image}"
+                              f", {processor.STOP} is {processor.stop}; config.json disagrees")
     return processor
 
 

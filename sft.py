@@ -124,18 +124,14 @@ def training_examples(c):
 def read_traces(path, examples):
     """The questions of right rollouts of these examples, to be answered as there."""
     def trace(row, where):
-        try:
-            example, response = examples[row["index"]], data.as_text(row["response"])
-            assert row["prompt"] == example.question
-            return replace(example, response=response) if row["correct"] else None
-        except (AssertionError, LookupError, TypeError):
-            raise data.DataError("expected rows of evaluate.py --split train --out FILE, of the "
-                                 "same --data") from None
+        if examples[row["index"]].question != row["prompt"]:
+            raise data.DataError("another question than in --data; expected its --split train")
+        return row["correct"] and replace(examples[row["index"]], response=row["response"])
 
-    traces = list(filter(None, data.read_jsonl(path, trace)))
-    if not traces:
+    right = list(filter(None, data.read_jsonl(path, trace)))
+    if not right:
         raise data.DataError(f"{path}: no right answer among its rows")
-    return traces
+    return right
 
 
 def main(c):
@@ -250,11 +246,10 @@ class Run:
             sys.exit(f"error: {self.out} already holds a run; --resume it, or choose another --out")
         if c.init and self.out.resolve() == pathlib.Path(c.init).resolve():
             sys.exit(f"error: --out {self.out} is --init, which would be lost; choose another")
-        self.take_lock()
         stored = read_file(read_json, path, {}) if c.resume else {}
         for name, value in self.options.items():
-            may_change = name in ("resume", "device", "save_every", "micro_batch", "recompute",
-                                  "max_pixels") or name == "steps" and not self.decay
+            free = ("resume", "device", "save_every", "micro_batch", "recompute", "max_pixels")
+            may_change = name in free or name == "steps" and not self.decay
             if name in stored and stored[name] != value and not may_change:
                 sys.exit(f"error: --{name.replace('_', '-')}: the run in {self.out} has "
                          f"{stored[name]!r}, now {value!r}; or choose another --out")
@@ -265,18 +260,6 @@ class Run:
             rows = data.read_jsonl(metrics, skip_bad_rows=True)  # a kill may leave half a row
         kept = [row for row in rows if isinstance(row, dict) and row.get("step", 0) <= self.step]
         write_file(metrics, "".join(json.dumps(row) + "\n" for row in kept))
-
-    def take_lock(self):
-        """Ends a second run in one directory."""
-        self.state.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.state.with_name("lock"), "w")
-        try:
-            import fcntl             # which Windows has not
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except BlockingIOError:
-            sys.exit(f"error: another run is at work in {self.out}")
 
     def restore(self):
         tensors = read_file(lambda path: load_file(path, self.config.device), self.state)
@@ -296,8 +279,6 @@ class Run:
 
     def save(self):
         """The checkpoint that others open; last, in one atomic file, the state to resume from."""
-        if not all(p.isfinite().all() for p in self.trained.values()):
-            self.not_finite("a weight")
         if self.is_kept():
             save_checkpoint(self.model, self.processor, self.out / f"step-{self.step}")
         save_checkpoint(self.model, self.processor, self.out)
@@ -322,7 +303,9 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             ids = ", ".join(example.id for example in examples)
-            self.not_finite(f"loss {loss} or gradient norm {norm}, batch {ids},")
+            kept = f"the checkpoint in {self.out} is intact" if self.state.exists() else "none saved"
+            sys.exit(f"error: step {self.step + 1}: loss {loss} or gradient norm {norm} is not "
+                     f"finite; batch: {ids}; {kept}; a lower --lr is the usual cure")
         if norm == 0:                # Muon would go on in its last direction, by a whole step
             return norm
         factor = lr_factor(self.step, self.config.steps, self.config.warmup, self.decay)
@@ -330,10 +313,6 @@ class Run:
             optimizer.param_groups[0]["lr"] = factor * optimizer.param_groups[0]["peak_lr"]
             optimizer.step()
         return norm
-
-    def not_finite(self, what):
-        saved = f"the checkpoint in {self.out} is intact; " if self.state.exists() else ""
-        sys.exit(f"error: step {self.step + 1}: {what} is not finite; {saved}try a lower --lr")
 
     def validate(self):
         """Greedy accuracy on the split val (never trained on, not the test)."""
