@@ -328,7 +328,6 @@ def token_logprobs(hidden, weight, targets, banned=None, temperature=1.0):
 # ------------------------------------------------------------------------------------- sampler
 CHECK_EVERY = 16         # steps of a GPU between looks at `done`: each look waits for it
 PROMPTS_AT_ONCE = 32     # prompts read together: more pictures, more activations of the ViT
-REFILL_AT = 0.25         # share of idle groups that is worth a pause to read new prompts
 CACHE_BYTES = 2 ** 32    # of the rows at work, at 1,000 tokens each
 
 
@@ -352,10 +351,9 @@ class Rollouts:
 class Sampler:
     """Prompts in, rollouts out: fixed buffers and one `step` over them, which CUDA captures.
 
-    The life of a group: idle -> admitted: its prompt is read and held once, for all of its
-    rollouts -> stepping: all its rows by one token at a time, the ended («dead») ones too, whose
-    tokens count nowhere -> all ended: collected, idle, and free for the next prompt (in-flight
-    batching). At first all are idle.
+    A group is the rollouts of one prompt, which is read and held once for all of them. All groups
+    that there is room for step together, by one token at a time; rows that have ended («dead»)
+    step on until the last one ends, and their tokens count nowhere.
 
     banned (V,): never sampled. With another `dtype` it samples from copied weights, which `refresh`
     updates in place. rows: rollouts at once, at most what 4 GiB hold at 1,000 tokens each. A row's
@@ -386,54 +384,32 @@ class Sampler:
         seeds every call gives the same."""
         B, T = prompts.ids.shape
         seeds = torch.arange(B) if seeds is None else seeds
-        owner = torch.full((min(B, max(1, self.rows // group)),), -1)
+        groups = min(B, max(1, self.rows // group))  # answered at a time
         logprobs = torch.zeros(B, group, new_tokens, device=self.device)
         ids = torch.zeros_like(logprobs, dtype=torch.long)
         with torch.inference_mode():
-            self.reserve(len(owner), group, new_tokens, T)
+            self.reserve(groups, group, new_tokens, T)
             self.inverse_temperature.fill_(1 / (temperature or 1))
             self.noisy.fill_(temperature > 0)
-            self.answer(prompts, seeds, owner, ids, logprobs)
+            for start in range(0, B, groups):
+                part = slice(start, min(start + groups, B))
+                ids[part], logprobs[part] = self.answer(prompts.part(start, part.stop), seeds[part])
         ids, logprobs = ids.flatten(0, 1), logprobs.flatten(0, 1)              # (R, N)
         stops = ids == self.stop
         ended = stops.cumsum(1) - stops.long() > 0   # after the first end mark: dead rows went on
         return Rollouts(ids.masked_fill(ended, 0), (~ended).sum(1), logprobs.masked_fill(ended, 0),
                         stops.any(1))
 
-    def answer(self, prompts, seeds, owner, ids, logprobs):
-        """Fills ids, logprobs (B, G, N). owner (groups,): the prompt a group answers, or -1."""
-        taken = 0
-        while True:
-            idle = self.done.all(1).cpu()[:len(owner)]               # waits for a GPU
-            if self.worth_a_pause(idle, waiting=len(ids) - taken):
-                self.collect(idle, owner, ids, logprobs)
-                taken = self.admit_next(owner, prompts, seeds, taken)
-                if (owner < 0).all():
-                    return
+    def answer(self, prompts, seeds):
+        """Reads at most as many prompts as there is room for, and steps until all have ended."""
+        B = len(prompts.ids)
+        for start in range(0, B, PROMPTS_AT_ONCE):
+            stop = min(start + PROMPTS_AT_ONCE, B)
+            groups = torch.arange(start, stop, device=self.device)
+            self.admit(prompts.part(start, stop), groups, seeds[start:stop])
+        while not self.done.all():                   # waits for a GPU
             self.advance()
-
-    def worth_a_pause(self, idle, waiting):
-        """Collecting and reading prompts keeps the others from their work: it is done for a share
-        of the groups at a time, and where all are idle."""
-        return idle.all() or (waiting > 0 and idle.sum() >= REFILL_AT * len(idle))
-
-    def collect(self, idle, owner, ids, logprobs):
-        """Copies what idle groups have answered, and frees them."""
-        ended = (idle & (owner >= 0)).nonzero()[:, 0]
-        ids[owner[ended]] = self.ids[ended, :, :-1]
-        logprobs[owner[ended]] = self.logprobs[ended, :, :-1]
-        owner[ended] = -1
-
-    def admit_next(self, owner, prompts, seeds, taken):
-        """Hands prompts, from number `taken` on, to free groups -> the number of the next one."""
-        free = (owner < 0).nonzero()[:len(prompts.ids) - taken, 0]
-        for start in range(0, len(free), PROMPTS_AT_ONCE):
-            groups = free[start:start + PROMPTS_AT_ONCE]
-            after = taken + len(groups)
-            self.admit(prompts.part(taken, after), groups, seeds[taken:after])
-            owner[groups] = torch.arange(taken, after)
-            taken = after
-        return taken
+        return self.ids[:B, :, :-1], self.logprobs[:B, :, :-1]
 
     def reserve(self, groups, group, new_tokens, width):
         """Buffers for so many groups, kept where they fit. Nobody is in there yet."""
