@@ -91,53 +91,6 @@ if triton:
             tl.store(values + stored, load_fp32(v + at + e, e < E), e < E)
 
     @triton.jit
-    def decode_attention_kernel(q, keys, values, bias, ends, parts, sums, scale, share, R, S, G, H,
-                                K, E, QUERIES: tl.constexpr, WIDTH: tl.constexpr,
-                                SLOTS: tl.constexpr, PRECISION: tl.constexpr):
-        """A block of a group's queries of one kv-head against `share` slots of the group's cache.
-        parts (splits, R * H, E): what they find there; sums: the log-sum-exp of their scores."""
-        group, k_head = tl.program_id(0).to(tl.int64) // K, tl.program_id(0) % K
-        query = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)[:, None]
-        split, e = tl.program_id(2), tl.arange(0, WIDTH)[None]
-        heads = H // K                                               # that share a kv-head
-        row = group * G + query // heads
-        head = row * H + k_head * heads + query % heads              # among all R * H
-        asking = query < G * heads
-        asked = load_fp32(q + head * E + e, asking & (e < E))
-        # Online softmax: best, total, mixed are the running max, sum and weighted values.
-        best = tl.full((QUERIES, 1), MASKED, tl.float32)
-        total = tl.full((QUERIES, 1), 1e-30, tl.float32)             # of a split with no slot
-        mixed = tl.zeros((QUERIES, WIDTH), tl.float32)
-        end = tl.load(ends + group)
-        for start in range(split * share, tl.minimum(end, (split + 1) * share), SLOTS):
-            slot = start + tl.arange(0, SLOTS)
-            stored = ((group * S + slot[:, None]) * K + k_head) * E + e
-            inside = (slot[:, None] < end) & (e < E)
-            key, value = load_fp32(keys + stored, inside), load_fp32(values + stored, inside)
-            added = tl.load(bias + row * S + slot[None], asking & (slot[None] < end), MASKED)
-            score = tl.dot(asked, tl.trans(key), input_precision=PRECISION) * scale + added
-            higher = tl.maximum(best, tl.max(score, 1, keep_dims=True))
-            weight, shrink = tl.exp(score - higher), tl.exp(best - higher)
-            mixed = mixed * shrink + tl.dot(weight, value, input_precision=PRECISION)
-            total = total * shrink + tl.sum(weight, 1, keep_dims=True)
-            best = higher
-        head += split * R * H
-        tl.store(parts + head * E + e, mixed / total, asking & (e < E))
-        tl.store(sums + head, best + tl.log(total), asking)
-
-    @triton.jit
-    def merge_kernel(parts, sums, out, heads, splits, E, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
-        """One head a program: its parts, each weighted by the sum of its exponentials."""
-        head, e = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)[None]
-        split = tl.arange(0, SPLITS)[:, None]
-        at = split * heads + head
-        weight = tl.load(sums + at, split < splits, MASKED)
-        weight = tl.exp(weight - tl.max(weight, 0, keep_dims=True))
-        part = load_fp32(parts + at * E + e, (split < splits) & (e < E))
-        mixed = tl.sum(weight * part, 0, keep_dims=True) / tl.sum(weight, 0, keep_dims=True)
-        tl.store(out + head * E + e, mixed, e < E)
-
-    @triton.jit
     def sample_kernel(hidden, weight, banned, inverse_temperature, noisy, keys, best, found, sums,
                       R, D, V, share, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                       PRECISION: tl.constexpr):
@@ -204,31 +157,9 @@ def rotate_and_store(q, k, v, cos, sin, keys, values, slots):
     return q
 
 
-def decode_attention_triton(q, keys, values, bias, ends):
-    (R, H, E), (B, S, K, _), G = q.shape, keys.shape, bias.shape[1]
-    queries, fp32 = G * H // K, q.dtype == torch.float32     # of a group, for one kv-head
-    # tl.dot takes 16 rows or more; the tiles of more queries would not stay in registers.
-    block = max(16, min(16 if fp32 else 32, triton.next_power_of_2(queries)))
-    width = max(16, triton.next_power_of_2(E))
-    splits = min(8, triton.cdiv(S, 256))             # few groups alone leave most of a GPU idle
-    share = 64 * triton.cdiv(S, 64 * splits)         # whole blocks of slots
-    parts, sums = (torch.empty(splits, R * H, n, device=q.device) for n in (E, 1))
-    # tf32 holds bf16 inputs exactly; the attention weights it rounds to 11 bits, bf16 has 8.
-    decode_attention_kernel[(B * K, triton.cdiv(queries, block), splits)](
-        q, keys, values, bias, ends, parts, sums, scale=E ** -0.5, share=share, R=R,
-        S=keys.stride(0) // keys.stride(1),          # keys may be the first slots of a longer cache
-        G=G, H=H, K=K, E=E, QUERIES=block, WIDTH=width,
-        SLOTS=min(64, 4096 // width),                # 16 KiB of keys, as many of values, in fp32
-        PRECISION="ieee" if fp32 else "tf32", num_warps=8)
-    out = torch.empty_like(q)
-    merge_kernel[(R * H,)](parts, sums, out, heads=R * H, splits=splits, E=E, SPLITS=8, WIDTH=width)
-    return out
-
-
-@on_cuda(decode_attention_triton)
-def decode_attention(q, keys, values, bias, ends):
-    """A group's rollouts, one query each, against its cache. q (B * G, H, E); keys, values
-    (B, S, K, E); bias (B, G, S): NEGATIVE where one may not look, and all from ends (B,) on."""
+def decode_attention(q, keys, values, bias):
+    """A group's rollouts, one query each, against the one cache of the group. q (B * G, H, E);
+    keys, values (B, S, K, E); bias (B, G, S): NEGATIVE where one may not look."""
     G, K = bias.shape[1], keys.shape[2]             # a group's heads are rows of queries
     q = q.unflatten(0, (-1, G)).unflatten(2, (K, -1)).transpose(1, 2)          # (B, K, G, H / K, E)
     mask = bias.repeat_interleave(q.shape[3], 1)[:, None]              # (B, 1, G * H / K, S)
@@ -493,12 +424,11 @@ class Sampler:
         _, G, N, start = self.shape
         slot = start + self.generated * G + torch.arange(G, device=self.device)    # (groups, G)
         self.bias.scatter_(2, slot[..., None], 0.0)
-        ends = slot[:, -1] + 1                                                     # (groups,)
 
         def attend(layer, q, k, v, rope):
             keys, values = self.cache[layer, :, :, :slots]
             q = rotate_and_store(q, k, v, *rope, keys, values, slot.flatten())
-            return decode_attention(q, keys, values, self.bias[:, :, :slots], ends)
+            return decode_attention(q, keys, values, self.bias[:, :, :slots])
 
         decoder = self.model.decoder
         positions = (self.last_position + self.generated).expand_as(slot)
