@@ -9,7 +9,6 @@ import math
 import os
 import random
 import re
-import warnings
 import zlib
 from collections import namedtuple
 from dataclasses import dataclass, field, replace
@@ -333,7 +332,7 @@ def read_jsonl(path, convert=None, skip_bad_rows=False):
             row = json.loads(line)
             rows.append(convert(row, where) if convert else row)
         except (LookupError, RecursionError, TypeError, ValueError) as error:
-            bad.append(f"{where}: {'' if isinstance(error, DataError) else 'not as expected: '}{error}")
+            bad.append(f"{where}: {'' if isinstance(error, DataError) else 'not JSON: '}{error}")
             if not skip_bad_rows:
                 raise DataError(f"{bad[0]}; mend the row, or --skip-bad-rows") from None
     if bad:
@@ -347,27 +346,22 @@ NAMES = dict(question=("problem", "question", "prompt"), response=("completion",
              images=("images", "image", "image_path"), choices=("choices", "options"))
 EMPTY = (None, "", [], {})           # the values of a field that is not there
 # Names of fields, and marks in a question, that speak of what is missing if nobody reads them.
-UNREAD = re.compile(r"((correct|right|gold|ground|final|input)_?)*(img|image|picture|photo|option|"
-                    r"choice|answer|solution|label|target|gold|truth)s?(_?(\d+|[a-j]|url|path|file|"
-                    r"name|bytes|base64|list|text|key|index|idx|letter)s?)*|file_?name|[A-J]", re.I)
+UNREAD = re.compile(r"((gold|correct|ground)_?)?(img|image|picture|photo|option|choice|answer|label"
+                    r"|target|truth)s?(_?(\d+|[a-j]|url|path|file|text|key|index)s?)*|[A-J]", re.I)
 STRAY = re.compile(r"<[|/]*(?:img|image|picture|video|vision)[^<>]*>|!\[[^]]*\]\(", re.I)
 
 
 def field_of(convert, row, part, *more):
     """What `convert` makes of this part of the row; None if absent. It raises for another value
     than its docstring speaks of."""
-    found = {}
-    for name in NAMES.get(part, [part]):
-        try:
-            if row.get(name) not in EMPTY:
-                found[name] = convert(row[name], *more)
-        except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError):
-            got = f"got {row[name]!r:.80}"
-            raise DataError(f"field {name}: expected {convert.__doc__}, {got}") from None
-    first, *others = [*found.values()] or [None]
-    if any(other != first for other in others):
-        raise DataError(f"fields {', '.join(found)} differ: expected one {part}")
-    return first
+    found = {name: row[name] for name in NAMES.get(part, [part]) if row.get(name) not in EMPTY}
+    try:
+        values = [convert(value, *more) for value in found.values()]
+    except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError):
+        raise DataError(f"field {found!r:.100}: expected {convert.__doc__}") from None
+    if any(value != values[0] for value in values):
+        raise DataError(f"fields {found!r:.100} differ: expected one {part}")
+    return values[0] if values else None
 
 
 def as_text(value):
@@ -417,15 +411,6 @@ def as_images(value, root):
     return images
 
 
-def choice_at(answer, choices):
-    """The choice at a place counted from 0, where the answer is a number that no choice holds."""
-    is_place = answer.isdecimal() and int(answer) < len(choices)
-    if not is_place or any(answer in choice for choice in choices):
-        return answer
-    warnings.warn("answers that are numbers are read as places among the choices, from 0")
-    return choices[int(answer)]
-
-
 def read_row(row, where, root, check):
     """One row -> Example, its pictures looked at, its answer checked: bad ones show before
     training.
@@ -448,9 +433,7 @@ def read_row(row, where, root, check):
         if not value.strip():
             raise DataError(f"no {part}: expected {NAMES[part]}, or messages; got {[*row]!r:.200}")
     choices = field_of(as_choices, row, "choices")
-    if choices:
-        answer = choice_at(answer, choices)
-        question += "".join(f"\n({chr(ord('A') + i)}) {one}" for i, one in enumerate(choices))
+    question += "".join(f"\n({chr(ord('A') + i)}) {one}" for i, one in enumerate(choices or []))
     rationale = text("rationale") or str(row.get("answer")).rpartition("####")[0]
     response = said or tagged(answer, re.sub("</?think>", "", rationale).strip())
     system = text("system") or chat.get("system", "")
@@ -476,12 +459,9 @@ MAX_PIXELS = 32_000_000              # of a picture that is opened; --max-pixels
 def open_image(source):
     """Bytes or a path -> RGB picture, upright, on white; or a DataError."""
     try:
-        if not isinstance(source, bytes) and not source.is_file():
-            raise ValueError("No such file")
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         image = Image.open(file, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP"))    # EPS: a program
-        longer, shorter = max(image.size), min(image.size)
-        if longer * shorter > MAX_PIXELS or longer > 200 * shorter:
+        if image.width * image.height > MAX_PIXELS or max(image.size) > 200 * min(image.size):
             raise ValueError(f"{image.size} is over --max-pixels {MAX_PIXELS}, or of ratio 200")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):                           # grey in 16 bits
@@ -650,9 +630,8 @@ class Processor:
         self.stop, self.image, pad = map(tokenizer.token_to_id, (self.STOP, self.IMAGE, self.PAD))
         self.pad = 2 if pad is None else pad
         self.longest_edge = self.style["longest_edge"] or self.EDGE or tile
-        added = tokenizer.get_added_tokens_decoder().values()
-        special = [token.content for token in added if token.special] + [self.IMAGE]
-        self.special = re.compile("|".join(map(re.escape, special)))
+        special = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+        self.special = re.compile("|".join(map(re.escape, [*special, self.IMAGE])))
 
     def preprocessing(self):
         """What preprocessor_config.json has to say of the size of pictures."""

@@ -31,7 +31,6 @@ import torch
 from tqdm import tqdm
 
 import data
-from data import MAX_PIXELS
 from kernels import Sampler
 from model import CheckpointError, load_checkpoint, read_json, write_file
 
@@ -43,12 +42,10 @@ FORMATS = {"tags": re.compile(r"<think>(.+?)</think>\s*<answer>(.+?)</answer>", 
 MAX_ANSWER = 400        # characters; a longer answer is wrong, a longer text no number
 MAX_DEPTH = 100         # of a formula's syntax tree; the answers of Geometry3K reach 16
 LARGEST = 10 ** 100     # a larger number is only a text, equal where it is written equally
-SIGNS = str.maketrans({"√": "sqrt", "∛": "cbrt", "π": "pi", "−": "-", "–": "-", "≈": "=", "×": "*",
-                       "·": "*", "⋅": "*", "÷": "/", "∘": "°", "º": "°", "“": '"', "”": '"',
-                       "‘": "'", "’": "'"})
+SIGNS = str.maketrans("−–≈×·⋅÷∘º“”‘’", "--=***/°°\"\"''")
+SIGNS |= {ord("√"): "sqrt", ord("∛"): "cbrt", ord("π"): "pi"}
 LATEX = dict(times="*", cdot="*", div="/", circ="°", degree="°", pi="pi", approx="=", pm="±",
-             mp="∓", infty="∞", le="≤", leq="≤", ge="≥", geq="≥", ne="≠", neq="≠", angle="∠",
-             perp="⊥", parallel="∥", triangle="△", cong="≅", theta="θ", alpha="α", beta="β")
+             le="≤", leq="≤", ge="≥", geq="≥", ne="≠", infty="∞", angle="∠", perp="⊥")
 # A rule: a pattern, what replaces it, an example, and how that reads then (a test of each rule).
 # First, of every text: LaTeX becomes plain signs, and what means nothing goes.
 PLAIN = [(re.compile(pattern), *rest) for pattern, *rest in (
@@ -89,12 +86,11 @@ OPERATIONS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.P
               "sin": math.sin, "cos": math.cos, "tan": math.tan, "asin": math.asin,
               "acos": math.acos, "atan": math.atan}
 UNITS = {spelling: spellings.split()[0] for spellings in (
-    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "″ \" '' in inch inche",
-    "km kilometer kilometre", "′ ' ft foot feet", "yd yard", "mi mile", "unit", "% percent",
-    "° degree deg", "mg milligram", "g gram", "kg kilogram", "lb pound", "oz ounce",
-    "ml milliliter millilitre", "l liter litre", "s sec second", "min minute", "h hr hour", "day",
-    "week", "month", "year yr", "m/s", "km/h kph", "mph", "$ dollar usd", "¢ cent", "€ euro eur",
-    "£ gbp") for spelling in spellings.split()}
+    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer",
+    "″ \" '' in inch inche", "′ ' ft foot feet", "yd yard", "mi mile", "° degree deg", "% percent",
+    "mg milligram", "g gram", "kg kilogram", "lb pound", "l liter litre", "s sec second",
+    "min minute", "h hr hour", "day", "year", "m/s", "km/h kph", "mph", "unit", "$ dollar usd",
+    "€ euro", "£ gbp") for spelling in spellings.split()}
 UNIT = re.compile(rf"(.*?) ?(?:({'|'.join(map(re.escape, UNITS))})s?(\^[23])?)?", re.S)   # cm, ^2
 ROUNDED = re.compile(r"(?<!measured to the )(?<!given to the )nearest (tenth|hundredth|thousandth|"
                      r"whole|integer|degree|unit|\w*meter|inch|foot|yard|mile)|"
@@ -103,10 +99,8 @@ DECIMALS = {"tenth": 1, "hundredth": 2, "thousandth": 3, "one": 1, "two": 2, "th
 NAMED = re.compile(r"(?:([{}∠a-z][{}∠a-z ]{,22}\d?)? ?= ?)?(.*)", re.S)      # m∠1 = 5: m∠1, 5
 CHOICE = re.compile(r"(?:(?:the )?(?:final |correct )?(?:answer|option|choice)(?: is)?:? )?"
                     r"(?:[(\[{]?([a-z])(?:[\])}.: ]+|$))?(.*)")      # the answer is (C) 4: C, 4
-LISTED = re.compile(r"(?:^|[\s(])([A-H])[).:](.*?)(?=[\s(]+[A-H][).:]|$)", re.S)   # in a question
 BOX = re.compile(r"\[" + ",".join([r"\s*(-?\d+(?:\.\d+)?)\s*"] * 4) + r"\]")
 BOX_2D = re.compile(r"(?:```json)?\s*\[?\{\s*\"bbox_2d\":\s*(\[[^]]*\])[^]\[]*\}\]?\s*(?:```)?")
-ITEMS = re.compile(r"([(\[{])(.+,.+)[)\]}]")
 
 
 def rewrite(text, rules):
@@ -117,7 +111,7 @@ def rewrite(text, rules):
 
 
 def clean(text):
-    """The answer in a text in one plain spelling, without LaTeX, case, quotes, outer punctuation."""
+    """The answer in a text in one plain spelling, without LaTeX, case, quotes, end marks."""
     text = rewrite(data.extract_answer(text).translate(SIGNS), PLAIN)
     text = unicodedata.normalize("NFKC", " ".join(text.split()))    # earlier, 2³ would become 23
     text = re.sub(r"^([\"'`*]+)(.*)\1$", r"\2", text.casefold().rstrip(" .,:;?"))
@@ -216,27 +210,18 @@ def same_box(answer, gold):
     return union > 0 and area(shared) / union >= 0.5
 
 
-def same_items(answer, gold):
-    """Whether two texts are pairs, or {sets} in any order, of the same items."""
-    found = [ITEMS.fullmatch(text) for text in (answer, gold)]
-    if None in found or found[0][1] != found[1][1]:
-        return False
-    given, wanted = ([item.strip() for item in match[2].split(",")] for match in found)
-    if found[0][1] == "{":
-        given = [next((one for one in given if same(one, item)), "") for item in wanted]
-    return len(given) == len(wanted) and all(map(same, given, wanted))
-
-
 def same(answer, gold, question="", box=False):
-    """Whether two clean texts say the same, as a number, a box, pairs and sets, or a text."""
+    """Whether two clean texts say the same: as a number, a box, a letter, or a text."""
     name, answer = NAMED.fullmatch(answer).groups()
     wanted_name, gold = NAMED.fullmatch(gold).groups()
     if None not in (name, wanted_name) and name != wanted_name:     # x = 3 is not y = 3
         return False
     if number(gold) or box:
         return same_box(answer, gold) if box else same_number(answer, gold, question)
+    if re.fullmatch(r"\(?[a-h]\)?", gold):              # of a choice that stands in the question
+        return CHOICE.fullmatch(answer).groups() == (gold.strip("()"), "")
     tight = [re.sub(r" ?([^\w ]) ?", r"\1", text) for text in (answer, gold)]
-    return gold != "" and (tight[0] == tight[1] or same_items(answer, gold))
+    return tight[0] == tight[1] != ""
 
 
 def chosen(text, choices):
@@ -256,9 +241,7 @@ def judge(answer, example):
     if len(answer) > MAX_ANSWER:
         return None
     answer, gold, question = clean(answer), clean(example.answer), example.question
-    letters, texts = zip(*LISTED.findall(question) or [("", "")])   # choices in the question
-    listed = texts if "".join(letters) in ("AB", "ABC", "ABCD", "ABCDE", "ABCDEF") else ()
-    choices = [clean(choice) for choice in example.choices or listed]
+    choices = [clean(choice) for choice in example.choices or ()]
     place = chosen(gold, choices)
     if place is not None:
         meant = chosen(answer, choices)
@@ -437,12 +420,8 @@ def parse(Config, argv=None, doc=""):
 
 def run_script(main, Config, doc, argv=None):
     """Runs main(config); what the user can mend ends as one clear line, not as a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")            # of a terminal that has only ASCII
     try:
-        c = parse(Config, argv, doc)
-        data.MAX_PIXELS = getattr(c, "max_pixels", MAX_PIXELS)
-        main(c)
+        main(parse(Config, argv, doc))
     except (data.DataError, CheckpointError, OSError) as error:
         _, _, told = str(error).rpartition("DataError: ")        # a worker's ends with its own
         sys.exit(f"error: {told.strip()}")
@@ -463,12 +442,12 @@ def run_command(command):
 @dataclass
 class CommonConfig:
     """Options of every script. What is not given of a prompt is as the checkpoint stores it."""
+    max_pixels: int = option(data.MAX_PIXELS, "of a picture; a larger one is a bad row", least=1)
     data: str = option("world", "world, or a .jsonl or .json file")
     system: str = option(None, "system line of the prompt")
     instruction: str = option(None, "text after each question, e.g. to think first")
     answer_format: str = option(None, "tags: <answer>3</answer>; boxed: \\boxed{3}", tuple(FORMATS))
-    longest_edge: int = option(None, "of a picture (default: a tile; Qwen: 512² as area)", least=1)
-    max_pixels: int = option(MAX_PIXELS, "of a picture; a larger one is a bad row", least=1)
+    longest_edge: int = option(None, "of a picture (default: a tile; Qwen: a root, 512)", least=1)
     max_new_tokens: int = option(48, "longest answer", least=1)
     seed: int = option(0, "seed of everything random")
     device: str = option(DEVICES[0], "cpu or cuda", DEVICES)
@@ -494,6 +473,7 @@ class Config(CommonConfig):
 
 def load_examples(c, split, limit=None):
     """The examples of a split of --data, as data.load_dataset."""
+    data.MAX_PIXELS = c.max_pixels
     return data.load_dataset(c.data, split, limit, c.skip_bad_rows, check_gold)
 
 
@@ -632,9 +612,9 @@ def study(c):
 HEAD = """<!doctype html><meta charset="utf-8"><title>SFT and GRPO</title><style>body{margin:2em;
 font:15px/1.5 sans-serif}td{padding:.2em .7em}tr:first-child{font-weight:bold}img{height:160px}
 .True,.faithful{color:#0b6e4f}.lucky{color:#b36b00}.False,.wrong{color:#b3261e}</style>"""
-NOTES = """Accuracy in percent with 95 % Wilson intervals; what follows is of the test. Faithful:
-right, every step true; lucky: right, one false. Spearman: of reward and held-out accuracy after a
-run's first third; below 0, the reward deceives. Regret: best minus last. One seed proves little."""
+NOTES = """Accuracy in percent, 95 % Wilson intervals; what follows is of the test. Faithful: right,
+every step true; lucky: right, one false. Spearman: reward and held-out accuracy after the first
+third; below 0, the reward deceives. Regret: best minus last. One seed proves little."""
 
 
 def html_table(rows):

@@ -301,7 +301,7 @@ class Sampler:
         self.capture = capture                           # only a GPU can
         token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * head.element_size()
         self.rows = min(rows, CACHE_BYTES // (1000 * token))
-        self.release()
+        self.graph, self.shape = None, (0, 0, 0, 0)  # groups, group, new tokens, start of answers
 
     @torch.no_grad()
     def refresh(self):
@@ -346,14 +346,9 @@ class Sampler:
         """Buffers for so many groups, kept where they fit. Nobody is in there yet."""
         start = max(width, self.shape[3]) if self.on_gpu else width      # so, no new capture
         if groups > self.shape[0] or (group, new_tokens, start) != self.shape[1:]:
-            self.release()                           # before there are new ones
+            self.graph = self.cache = None           # before there are new ones
             self.allocate(groups, group, new_tokens, start)
         self.done.fill_(True)
-
-    def release(self):
-        """No graph, no cache, no room."""
-        self.graph = self.cache = None
-        self.shape = (0, 0, 0, 0)                    # groups, group, new tokens, start of answers
 
     def allocate(self, groups, G, N, start):
         c, head = self.model.config.text, self.model.lm_head.weight

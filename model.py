@@ -15,7 +15,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -55,7 +54,7 @@ def preset_config(size, processor):
 
 
 SIGLIP = dict(intermediate_size=3072, num_hidden_layers=12, layer_norm_eps=1e-6, hidden_size=1152,
-              num_attention_heads=16, image_size=224, patch_size=32, hidden_act="gelu_pytorch_tanh")
+    num_attention_heads=16, image_size=224, patch_size=32, hidden_act="gelu_pytorch_tanh")
 LLAMA = dict(num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-6, rope_theta=1e4,
              attention_bias=False)
 QWEN2 = dict(rms_norm_eps=1e-6, rope_theta=1e6, attention_bias=True)
@@ -65,7 +64,7 @@ DEFAULTS = {        # model_type: what hub files leave out of vision_config and 
     "qwen2_vl": (QWEN_VIT | dict(embed_dim=1280, mlp_ratio=4, window_size=None,
                                  hidden_act="quick_gelu"), QWEN2),
     "qwen2_5_vl": (QWEN_VIT | dict(hidden_size=3584, intermediate_size=3420, window_size=112,
-                                   fullatt_block_indexes=(7, 15, 23, 31), hidden_act="silu"), QWEN2)}
+        fullatt_block_indexes=(7, 15, 23, 31), hidden_act="silu"), QWEN2)}
 # Keys that change the arithmetic but no shape: what alone is computed here.
 FIXED = dict(hidden_act="silu", rope_type="default", partial_rotary_factor=1,
              mrope_interleaved=False, use_sliding_window=False, quantization_config=None)
@@ -354,8 +353,6 @@ class VLM(nn.Module):
         if len(batch.pixels):
             features = self.features(batch.pixels, batch.grids)
             places = ids == self.config.image_token                            # (M,)
-            if int(places.sum()) != len(features):
-                raise ValueError(f"{int(places.sum())} image tokens, but {len(features)} features")
             x = x.masked_scatter(places[:, None], features.type_as(x))
         return x
 
@@ -499,7 +496,7 @@ def add_lora(model, rank, alpha, targets, base=None):
         if name.split(".")[-1] in names and isinstance(layer, nn.Linear):
             model.decoder.set_submodule(name, LoRA(layer, rank, alpha))
     if not any(p.requires_grad for p in model.parameters()):
-        raise CheckpointError(f"--lora-targets {targets}: no such layer; it has q_proj, up_proj, ...")
+        raise CheckpointError(f"--lora-targets {targets}: no such layer as q_proj, up_proj, ...")
     decoder = "language_model" if model.config.qwen else "text_model"
     model.adapter = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=alpha,
                          target_modules=rf".*{decoder}.*\.({'|'.join(names)})", lora_dropout=0.0,
@@ -514,22 +511,15 @@ def read_json(path):
     return found
 
 
-def write_file(path, content, metadata=None):
-    """A text, or {name: tensor}; whenever it is killed, a reader sees the old file or the new. What
-    that leaves behind goes with the next file that is written there."""
-    path = pathlib.Path(path)
-    new = path.parent / ".saving" / path.name
+def write_file(path, content):
+    """A text, or {name: tensor}; whenever it is killed, a reader sees the old file or the new."""
+    new = pathlib.Path(f"{path}.new")
     new.parent.mkdir(parents=True, exist_ok=True)
     if not isinstance(content, str):
         tensors = {name: tensor.detach().contiguous() for name, tensor in content.items()}
-        content = save(tensors, metadata or {"format": "pt"})
-    try:
-        new.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(new, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(new.parent, ignore_errors=True)
+        content = save(tensors, {"format": "pt"})
+    new.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(new, path)
 
 
 # What people and other programs read beside weights and tokenizer; only picture sizes and ends are
@@ -614,8 +604,7 @@ def read_file(read, path, default=None):
     try:
         return read(path)
     except (KeyError, AttributeError) as error:
-        key = getattr(error, "name", None) or error.args[0]
-        raise CheckpointError(f"{path}: the key {key!r} is missing") from None
+        raise CheckpointError(f"{path}: a key is missing: {error}") from None
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
@@ -649,9 +638,9 @@ def read_index(path):
 def load_weights(model, directory, dtype):
     """Reads the weights, of one file or of shards, into a model that has none yet. Strict: every
     tensor, no other tensor, every shape; or an error that lists what differs."""
-    shards = ["model.safetensors"]   # goes before shards, as in transformers
-    if not (directory / shards[0]).exists():
-        shards = read_file(read_index, directory / "model.safetensors.index.json", shards)
+    shards, index = ["model.safetensors"], directory / "model.safetensors.index.json"
+    if not (directory / shards[0]).exists():         # it goes before shards, as in transformers
+        shards = read_file(read_index, index, shards)
     ours, tensors = {hub_name(name): name for name in model.state_dict()}, {}
     for shard in shards:
         for name, tensor in read_file(load_file, directory / shard).items():

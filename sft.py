@@ -26,13 +26,11 @@ import time
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
-from evaluate import (CommonConfig, evaluate, load_examples, option, run_command, run_script,
-                      summary)
+from evaluate import CommonConfig, evaluate, load_examples, option, run_command, run_script, summary
 from kernels import Sampler, length_mask
 from model import (SIZES, CheckpointError, add_lora, fresh, load_checkpoint, read_file, read_json,
                    recompute_activations, save_checkpoint, write_file)
@@ -263,8 +261,7 @@ class Run:
 
     def restore(self):
         tensors = read_file(lambda path: load_file(path, self.config.device), self.state)
-        with safe_open(self.state, "pt") as file:
-            self.step = int(file.metadata()["step"])
+        self.step = int(tensors.pop("step"))
         if {key.rpartition("/")[0] for key in tensors} != self.trained.keys():
             raise CheckpointError(f"{self.state} holds other weights than this run trains")
         for key, tensor in tensors.items():
@@ -282,12 +279,12 @@ class Run:
         if self.is_kept():
             save_checkpoint(self.model, self.processor, self.out / f"step-{self.step}")
         save_checkpoint(self.model, self.processor, self.out)
-        tensors = {}
+        tensors = dict(step=torch.tensor(self.step))
         for name, p in self.trained.items():
             tensors[f"{name}/weight"] = p
             for part, tensor in self.optimizers[name].state[p].items():
                 tensors[f"{name}/{part}"] = tensor
-        write_file(self.state, tensors, dict(step=str(self.step)))
+        write_file(self.state, tensors)
 
     def autocast(self):
         """bf16 on CUDA, over fp32 weights; plain fp32 on a CPU."""
@@ -303,7 +300,7 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             ids = ", ".join(example.id for example in examples)
-            kept = f"the checkpoint in {self.out} is intact" if self.state.exists() else "none saved"
+            kept = f"the checkpoint in {self.out} is good" if self.state.exists() else "none saved"
             sys.exit(f"error: step {self.step + 1}: loss {loss} or gradient norm {norm} is not "
                      f"finite; batch: {ids}; {kept}; a lower --lr is the usual cure")
         if norm == 0:                # Muon would go on in its last direction, by a whole step
