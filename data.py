@@ -332,7 +332,8 @@ def read_jsonl(path, convert=None, skip_bad_rows=False):
             row = json.loads(line)
             rows.append(convert(row, where) if convert else row)
         except (LookupError, RecursionError, TypeError, ValueError) as error:
-            bad.append(f"{where}: {'' if isinstance(error, DataError) else 'not JSON: '}{error}")
+            what = "not JSON: " if isinstance(error, ValueError) else "a missing or wrong field: "
+            bad.append(f"{where}: {'' if isinstance(error, DataError) else what}{error}")
             if not skip_bad_rows:
                 raise DataError(f"{bad[0]}; mend the row, or --skip-bad-rows") from None
     if bad:

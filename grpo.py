@@ -21,7 +21,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 import data
 from evaluate import grade, load_examples, mean, option, run_script
@@ -231,7 +230,7 @@ def explore(run, step, examples, prompts, responses):
     gap = (old - rollouts.logprobs).abs()[counted]   # between sampler and trainer
     gap_mean = gap.mean().item()
     if gap_mean > 0.05:
-        tqdm.write(f"step {step + 1}: log-probs of sampler and trainer differ by {gap_mean:.2f}")
+        print(f"step {step + 1}: log-probs of sampler and trainer differ by {gap_mean:.2f}")
     if gap_mean > 0.2:
         raise CheckpointError("they differ too much to learn from: look at dtypes, banned tokens")
     metrics |= dict(loss=loss_sum, grad_norm=norms[-1], updates=sum(norm > 0 for norm in norms),

@@ -59,7 +59,7 @@ class RunConfig(CommonConfig):
     out: str = option(None, "run directory (default: runs/ and what the run is)")
     examples: int = option(2000, "how many questions of the world to use: its first ones", least=1)
     steps: int = option(None, "training steps", least=1)
-    lr: float = option(None, "peak learning rate (default: by size, see README)", None, 1e-9, 1)
+    lr: float = option(None, "peak learning rate (default: by size, see README)", least=1e-9)
     warmup: int = option(20, "steps until the peak learning rate")
     save_every: int = option(50, "steps between checkpoints", least=1)
     keep: str = option("", "steps after which the model is also kept as OUT/step-N, e.g. 300,600")
@@ -122,9 +122,10 @@ def training_examples(c):
 def read_traces(path, examples):
     """The questions of right rollouts of these examples, to be answered as there."""
     def trace(row, where):
-        if examples[row["index"]].question != row["prompt"]:
+        example, response = examples[row["index"]], data.as_text(row["response"])
+        if example.question != row["prompt"]:
             raise data.DataError("another question than in --data; expected its --split train")
-        return row["correct"] and replace(examples[row["index"]], response=row["response"])
+        return replace(example, response=response) if row["correct"] else None
 
     right = list(filter(None, data.read_jsonl(path, trace)))
     if not right:
@@ -183,7 +184,12 @@ def trained_parameters(model, c):
 
 
 def make_optimizers(trained, lr):
-    """{name: its optimizer}: Muon for the matrices of the layers, AdamW for all else and LoRA."""
+    """{name: its optimizer}: Muon for the matrices of the layers, AdamW for all else and LoRA.
+
+    Both divide the gradient by its own size: a step of GRPO in which 1 group of 32 has a signal
+    moves the weights 0.94 times as far as one in which all have (3 seeds, 40 steps, size s, weak
+    base), in a direction that is mostly noise: after those steps 37 % of the answers had learnt the
+    format, against 100 %. Where nearly all groups are equal, a lower --lr or --filter is no luxury."""
     matrices = {name: p for name, p in trained.items() if p.ndim == 2 and "lora_" not in name
                 and re.search(r"layers\.|blocks\.|connector|merger", name)}
     rest = [p for name, p in trained.items() if name not in matrices]
@@ -249,8 +255,8 @@ class Run:
             free = ("resume", "device", "save_every", "micro_batch", "recompute", "max_pixels")
             may_change = name in free or name == "steps" and not self.decay
             if name in stored and stored[name] != value and not may_change:
-                sys.exit(f"error: --{name.replace('_', '-')}: the run in {self.out} has "
-                         f"{stored[name]!r}, now {value!r}; or choose another --out")
+                sys.exit(f"error: --{name.replace('_', '-')} was {stored[name]!r} in {self.out}, now "
+                         f"{value!r}: another schedule or data; choose another --out")
         write_file(path, json.dumps(self.options, indent=1))
         rows = []
         if c.resume and self.state.exists():

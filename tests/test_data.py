@@ -6,12 +6,16 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import pathlib
 import random
 import re
+import struct
 import subprocess
 import sys
+import time
+import zlib
 
 import numpy
 import pytest
@@ -21,6 +25,7 @@ from PIL import Image, ImageChops
 from tokenizers import Tokenizer
 
 import data
+import evaluate
 
 ROOT = pathlib.Path(__file__).parents[1]
 REAL = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -198,15 +203,17 @@ def test_boxes_bound_what_is_drawn():
 
 # ---------------------------------------------------------------------------------- the files
 
-def saved(image, kind="PNG"):
+def saved(image, kind="PNG", **options):
     buffer = io.BytesIO()
-    image.save(buffer, kind)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 PNG = saved(data.world_example("test", 0).images[0])
 PICTURES = {"a.png": PNG, "b.png": PNG, "../outside.png": PNG, "cut.png": PNG[:80],
-            "words.png": b"hello", "large.png": saved(Image.new("1", (6000, 6000)))[:80]}
+            "words.png": b"hello", "large.png": saved(Image.new("1", (6000, 6000)))[:80],
+            "wide.png": saved(Image.new("L", (401, 2))),
+            "tall.png": saved(Image.new("L", (2, 401)))}
 
 
 @pytest.fixture
@@ -238,6 +245,7 @@ def human(*texts):
     return [{"from": who, "value": text} for who, text in zip(("human", "gpt"), texts)]
 
 
+NAN = math.nan
 Q, PLAIN, SPACED = "<image>How many?", "How many?", "<answer> 3 </answer>"
 THREE, COT, ENCODED = "<answer>3</answer>", "<think>1, 2</think>", base64.b64encode(PNG).decode()
 USER, PARTS = told(PLAIN), told([dict(type="image"), dict(type="text", text=PLAIN)])
@@ -261,9 +269,26 @@ LAYOUTS = {     # tool: row, question, answer, response
     "trl text": (dict(prompt="1 + 2?", completion=THREE), "1 + 2?", "3", THREE),
     "trl twice": (dict(prompt="?", completion=f"{SPACED}? 4. <answer>4</answer>"), "?", "4",
                   f"{SPACED}? 4. <answer>4</answer>"),
-    "first of several": (dict(problem="?", question="q", prompt="p", instruction="i", input="j",
-                              answer="3", solution="4", completion=COT + "5", output="6"),
-                         "?", "3", COT + "5"),
+    "several names": (dict(problem="?", question="?", prompt="?", instruction="i", input="j",
+                           answer=3, ground_truth="3", solution=SPACED, completion=COT + "5",
+                           output=COT + "5", images=["a.png"], image="a.png",
+                           image_path="./a.png"), "<image>?", "3", COT + "5"),
+    "empty names": (dict(messages=[], problem=None, question=PLAIN, answer="", ground_truth=[],
+                         solution="3", images=[], image={}, image_path="a.png", options=[],
+                         image_1=None, img="", choice_a={}, completion=""), Q, "3", THREE),
+    "mmmu": (dict(question=PLAIN, options=["2", "3"], image="a.png", image_2=None, answer="B",
+                  img_type=["Plots"], question_type="multiple-choice"),
+             Q + "\n(A) 2\n(B) 3", "B", "<answer>B</answer>"),
+    "gsm8k": (dict(question="?", answer="1 + 2 = <<1+2=3>>3\n#### 3"), "?", "3",
+              "<think>1 + 2 = <<1+2=3>>3</think>" + THREE),
+    "gsm8k thousands": (dict(question="?", answer="#### 1,800"), "?", "1,800",
+                        "<answer>1,800</answer>"),
+    "math": (dict(problem="?", level="Level 5", type="Algebra",
+                  solution="So $x = \\boxed{\\frac{1}{2}}$."), "?", "\\frac{1}{2}",
+             "<answer>\\frac{1}{2}</answer>"),
+    "vlm-r1": (dict(image="a.png", problem="Where?", solution=[74.0, 302.0, 181.0, 500.0],
+                    normalized_solution=[0.1, 0.2, 0.3, 0.4]), "<image>Where?",
+               "[74.0, 302.0, 181.0, 500.0]", "<answer>[74.0, 302.0, 181.0, 500.0]</answer>"),
     "ours": (dict(id="x", image="a.png", question=PLAIN, answer="3", rationale="1, 2",
                   choices=["2", 3]), Q + "\n(A) 2\n(B) 3", "3", COT + THREE),
     "zero": (dict(question="?", answer=0, choices=None), "?", "0", "<answer>0</answer>"),
@@ -275,7 +300,8 @@ LAYOUTS = {     # tool: row, question, answer, response
 @pytest.mark.parametrize("tool", LAYOUTS)
 def test_layouts(read, tool):
     """Flat fields by their names in the common tools, and chats; what wins where a row has both.
-    R1-V's `thinking` brings its own `<think>`."""
+    R1-V's `thinking` brings its own `<think>`. An empty `images` once hid a full `image`, and
+    GSM8K's whole solution was the answer, so that nothing could equal it."""
     whole, *expected = LAYOUTS[tool]
     for kind, text in (("jsonl", json.dumps(whole) + "\r\n\n"), ("json", json.dumps([whole]))):
         example, = read(raw=text.encode(), kind=kind)
@@ -294,30 +320,49 @@ def test_system_of_a_chat(read, fields, system):
 BAD = {     # what the message says: rows
     "object": [[], None, 5, "text"],
     "question": [{}, dict(answer="a"), *(row(question=q) for q in (" ", ["q"], 5, "\ud800"))],
-    "instruction|input": [dict(instruction=5, output="a"),
+    "field {'(instruction|input)'": [dict(instruction=5, output="a"),
                           dict(instruction="q", input=["x"], output="a")],
-    "field messages: expected one text each of system, user, assistant, got": [
+    "field {'messages'.*: expected messages with role and content alone, one each of system": [
         dict(messages=value, answer="a") for value in (
-            "hello", 5, USER, ["hello"], [None], [[]], [dict(role="user")], [told(None)], [told(5)],
-            [told("q", ["user"])], [told(["q"])], [told("q", "tool")], [USER, USER],
-            [told([dict(type="text", text=None)])], human(Q, "0"))],
-    "no question": [dict(messages=value, answer="a") for value in ([], [told("q", "assistant")])],
+            "hello", 5, USER, ["hello"], [None], [[]], [told(5)], [told("q", ["user"])],
+            [told(["q"])], [told("q", "tool")], [USER, USER],
+            [told([dict(type="text", text=None)])], human(Q, "0"), [USER | dict(images=["a.png"])],
+            [USER | dict(image="a.png")], [told([dict(type="image_url", image_url="a.png")])],
+            [told([dict(type="input_image", file_id="a.png"), dict(type="text", text="q")])])],
+    "no question|role and content": [dict(messages=value, answer="a") for value in (
+        [], [told("q", "assistant")], [dict(role="user")], [told(None)])],
     # layouts that are to be converted first
-    "no question: .*one of the fields problem, .*the fields .*'conversations'": [
+    "no question: expected .*'problem', .*messages; got .*'conversations'": [
         dict(id=1, image="a.png", conversations=human(Q, "0")),
         dict(images=["a.png"], system="Be brief.", conversations=human(Q, COT + "3"))],
-    "field prompt: expected text, got .*role": [
+    "field {'prompt': .*'role'.*: expected text": [
         dict(images=["a.png"], prompt=[USER], completion=[told(THREE, "assistant")]),
         dict(prompt=[PARTS], image="a.png", solution="3")],
-    "field completion: expected text, got .*role": [
+    "field {'completion': .*'role'.*: expected text": [
         dict(prompt="?", completion=[told(THREE, "assistant")])],
-    "answer": [dict(question="q"), dict(messages=[USER]), row(answer="", output="3"), *(
-        row(answer=answer) for answer in ("", " ", "<answer> </answer>", True, ["a"], {}))],
+    "no answer": [dict(question="q"), dict(messages=[USER]), *(row(answer=answer) for answer in (
+        "", " ", None, [], {}, "<answer> </answer>", "\\boxed{}", "Nothing is left.\n#### "))],
+    "expected one text or finite number, or a box of four numbers": [row(answer=gold) for gold in (
+        True, False, NAN, math.inf, -math.inf, ["a"], ["18", "18.0"], [1, 2, 3], [1, 2, 3, 4, 5],
+        ["1", "2", "3", "4"], [1, 2, 3, True], [1, 2, 3, NAN], [[1, 2, 3, 4]], {"x": 1}, "\ud800")],
+    "fields .* differ: expected one question": [dict(problem="p", question="q", answer="a"),
+                                                dict(question="q", prompt="p", answer="a")],
+    "fields .* differ: expected one answer": [row(solution="b"), row(ground_truth="A"),
+                                              row(answer="x\n#### 18", solution="19")],
+    "fields .* differ: expected one response": [row(completion="a", output="b")],
+    "fields .* differ: expected one rationale": [row(rationale="a", thinking="b")],
+    "fields .* differ: expected one images": [row(images=["a.png"], image="b.png"),
+                                              row(image="a.png", image_path="b.png")],
+    "fields .* differ: expected one choices": [row(choices=["a", "b"], options=["b", "a"])],
     "no.png is not a readable image: .*No such file": [row(image="no.png")],
     "is not a readable image": [row(image=name) for name in ("cut.png", "words.png", ".")],
-    "36000000 pixels": [row(image="large.png")],        # before it is found to be cut off, too
-    "image": [*(row(image=i) for i in (5, {}, {"bytes": 5}, {"bytes": "é"}, {"bytes": "AAAA"},
-                                       "\ud800", "a\0.png", "x" * 5000)), row(images=[["a.png"]])],
+    # before it is found to be cut off, too
+    r"\(6000, 6000\) is over --max-pixels 32000000": [row(image="large.png")],
+    r"\((401, 2|2, 401)\) is .* of ratio 200": [row(image="wide.png"), row(image="tall.png"),
+                                                row(images=["a.png", "tall.png"])],
+    "image": [*(row(image=i) for i in (5, False, [None], {"bytes": 5}, {"bytes": "é"},
+                                       {"bytes": "AAAA"}, "\ud800", "a\0.png", "x" * 5000)),
+              row(images=[["a.png"]])],
     "leaves the data directory": [row(image=name) for name in ("../outside.png", "link.png",
                                                                "ABSOLUTE/outside.png")],
     "2 <image> .* 1 image": [row(question="<image><image>?", image="a.png")],
@@ -325,7 +370,9 @@ BAD = {     # what the message says: rows
     "1 <image> .* 2 images": [row(question="<image>?", images=["a.png", "b.png"])],
     "<image>": [row(choices=["<image>", "b"]), row(system="<image>"), row(rationale="<image>"),
                 dict(question="q", completion="<image>")],
-    "choices": [row(choices=c) for c in ("ab", ["a"], ["a"] * 27, [None, {}], [["a"], ["b"]])],
+    "(choices|options)'.*: expected a list of 2 to 26": [row(**{name: value}) for name, value in (
+        *(("choices", c) for c in ("ab", ["a"], ["a"] * 27, [None, {}], [["a"], ["b"]])),
+        ("options", "['a', 'b']"), ("options", {"A": "a", "B": "b"}), ("choices", [True, False]))],
     "rationale|thinking": [row(rationale=["x"]), row(thinking=5)], "system": [row(system=5)]}
 
 
@@ -336,6 +383,151 @@ def test_bad_rows(read, message, bad):
     with pytest.raises(data.DataError) as error:
         read(row(), bad)
     assert re.search(rf"rows\.jsonl:2\b.*?({message})", str(error.value), re.S), error.value
+
+
+@pytest.mark.parametrize("name, value", [
+    *((name, "a.png") for name in (
+        "img", "imgs", "Image", "IMAGE", "image_url", "imageUrl", "image_file", "image_paths",
+        "img_path", "image_1", "image1", "image_2_path", "image_a", "picture", "pictures", "photo",
+        "image_name", "imgname", "image_filename", "image_bytes", "image_data", "decoded_image",
+        "input_image", "file_name", "videos")),
+    *((name, ["a", "b"]) for name in (
+        "option", "choice", "Choices", "choice_text", "answer_options", "multiple_choices")),
+    *((name, "b") for name in (
+        "A", "B", "J", "a", "option_a", "optionB", "option1", "choice_c", "choice_a_text", "Answer",
+        "answers", "answer_text", "answerKey", "answer_key", "answer_index", "correct_answer",
+        "correct_choice", "gold_answer", "ground_truths", "label", "target", "final_answer",
+        "expected_answer", "reference_answer"))])
+def test_what_would_be_dropped_is_named(read, name, value):
+    """A picture under `image_url` or `image_1` (MMMU), choices under A, B, C (MMBench) or
+    `choice_a` (SEED-Bench), an answer under `correct_answer` were dropped without a word: models
+    were trained to guess. Empty ones are not there."""
+    for empty in (None, "", [], {}):
+        assert read(row(**{name: empty}))[0].images == []
+    for fields in ({}, dict(image="a.png", choices=["a", "b"])):
+        with pytest.raises(data.DataError, match=rf"rows\.jsonl:2: field {name} is not read"):
+            read(row(), row(**fields, **{name: value}))
+    assert len(read(row(), row(**{name: value}), skip_bad_rows=True)) == 1
+
+
+@pytest.mark.parametrize("name", [
+    "image_id", "img_id", "imageId", "answer_value", "answer_type", "img_height", "image_width",
+    "img_type", "image_size", "image_source", "image_classes", "question_id", "index", "category",
+    "normalized_solution", "level", "type", "explanation", "K", "split", "source", "imagined"])
+def test_harmless_fields(read, name):
+    """Most fields of a set speak of its rows, and do not make them bad."""
+    for value in (7, "x", ["x"], 0.5):
+        assert read(row(image="a.png", **{name: value}))[0].answer == "a"
+
+
+@pytest.mark.parametrize("name", ["image" + "1" * 22 + "x", "image_" * 40 + "x", "a_" * 40 + "x",
+                                  "option" + "a_1" * 30 + "x", "images" * 40])
+def test_a_field_of_any_name_is_read_at_once(read, name):
+    """A hash in the name of a field, image111...x, kept the reader busy until it was killed: each
+    digit doubled the time."""
+    read(row())
+    start = time.process_time()
+    read(row(**{name: "x"}))
+    assert time.process_time() - start < 0.2
+
+
+@pytest.mark.parametrize("mark", [
+    "<image 1>", "<image1>", "<image_1>", "<Image>", "<IMAGE>", "<image/>", "</image>", "<img>",
+    '<img src="a.png">', "<img src='a.png' />", "<Img>a.png</Img>", "<ImageHere>", "<|image|>",
+    "<|image_1|>", "<|image_pad|>", "<|vision_start|>", "<image_placeholder>", "<IMG_CONTEXT>",
+    "<picture 2>", "<video>", "<|video_pad|>", "![](a.png)", "![a picture](https://x.org/a.png)"])
+def test_other_marks_of_pictures(read, mark):
+    """MMMU's <image 1>, Qwen's own tokens or Markdown in a question stayed text: the picture was
+    missing, or stood somewhere else than the question says."""
+    for fields in (dict(question=f"What is {mark}?"), dict(question="q", choices=[mark, "a"]),
+                   dict(question=f"<image> or {mark}?", image="a.png"),
+                   dict(question=f"{mark} What?", images=["a.png"]),
+                   dict(messages=[told(f"What is {mark}?")], image="a.png")):
+        with pytest.raises(data.DataError, match=r"rows\.jsonl:2.*other marks \[.+\]: write one"):
+            read(row(), dict(answer="a") | fields)
+
+
+@pytest.mark.parametrize("text", [
+    "if a <b and c> d", "x<image", "imagine that", "5! (of 3)", "[a](b)", "wow![a]", "<b>image</b>",
+    "the image> of f", "2 < 3 > 1", "«image»", "[image]"])
+def test_text_that_is_no_mark(read, text):
+    """What only looks a little like a mark stays as it is written."""
+    assert read(row(question=text))[0].question == text
+
+
+@pytest.mark.parametrize("parts", [
+    [dict(type="image", image="b.png"), dict(type="text", text="q")],
+    [dict(type="image", path="b.png"), dict(type="text", text="q")],
+    [dict(type="image", url="https://x.org/b.png"), dict(type="text", text="q")],
+    [dict(type="image"), dict(type="text", text="q", image="b.png")],
+    [dict(type="image"), dict(type="image_url", text="q", image_url=dict(url="b.png"))],
+    [dict(type="image"), dict(type="video", text="q", video="a.mp4")]], ids=repr)
+def test_pictures_inside_a_chat(read, parts):
+    """A part that brings its own picture was read without it, or as the row's first one."""
+    with pytest.raises(data.DataError, match=r"rows\.jsonl:2"):
+        read(row(), dict(messages=[told(parts)], images=["a.png"], answer="a"))
+
+
+def test_nulls_of_a_chat(read):
+    """Arrow gives each part of a message every field of the others, as null."""
+    parts = [dict(type="image", text=None), dict(type="text", text=PLAIN, image=None)]
+    assert read(dict(messages=[told(parts)], image="a.png", answer="3"))[0].question == Q
+
+
+# ---------------------------------------------------------------------------------- golds
+
+@pytest.mark.parametrize("fields, box", [
+    (dict(answer=[1, 2, 3, 4]), True), (dict(solution=[0.5, -1, 2e3, 4]), True),
+    (dict(ground_truth=[1, 2, 3, 4]), True), (dict(answer=[], solution=[1, 2, 3, 4]), True),
+    (dict(answer="[1, 2, 3, 4]"), False), (dict(answer=3), False), (dict(answer="3"), False),
+    (dict(answer=[], solution="3"), False), (dict(answer=None, ground_truth=-0.5), False)])
+def test_a_list_of_four_numbers_is_a_box(read, fields, box):
+    """VLM-R1's boxes were refused; and any text of four numbers was compared by its overlap, which
+    calls [1, 2, 3, 5] the set [1, 2, 3, 4]."""
+    example, = read(dict(question="q") | fields, check=evaluate.check_gold)
+    value, = (value for value in fields.values() if value not in (None, []))
+    assert example.box is box and example.answer == str(value)
+    if box:
+        near = str([value[0] + 0.01, *value[1:]])
+        assert evaluate.grade(f"<answer>{near}</answer>", example).correct
+
+
+@pytest.mark.parametrize("answer", ["...", "$$", "?", "**", "x" * 401, "<answer>.</answer>",
+                                    "thus\n#### .", "\\boxed{ $ $ }"])
+def test_golds_that_nothing_can_equal(read, answer):
+    """Cleaned, nothing is left of them, or they are longer than an answer may be: every answer was
+    wrong, and the reward flat, for the whole run."""
+    with pytest.raises(data.DataError, match=r"rows\.jsonl:2: answer .*: expected .* 400 char"):
+        read(row(), row(answer=answer), check=evaluate.check_gold)
+    assert len(read(row(), row(answer=answer), check=evaluate.check_gold, skip_bad_rows=True)) == 1
+
+
+@pytest.mark.parametrize("answer, choices", [
+    ("c", ["a", "b"]), ("C", ["red", "blue"]), (0, ["red", "blue"]), (1, ["red", "blue"]),
+    ("2", ["red", "blue", "green"]), ("yes", ["red", "blue"]), ("green", ["red", "blue"]),
+    ("(C)", ["red", "blue"]), (3, ["1", "2"]), ("red and blue", ["red", "blue"]),
+    ([1, 2, 3, 4], ["a", "b"]), ("A, B", ["red", "blue"]), ("3 cm", ["3 kg", "4 kg"])])
+def test_golds_that_are_no_choice(read, answer, choices):
+    """ScienceQA's and AI2D's golds are the index of a choice: every right answer was wrong."""
+    for name in ("choices", "options"):
+        with pytest.raises(data.DataError, match=r"rows\.jsonl:2: answer .* one of the choices"):
+            read(row(), row(answer=answer, **{name: choices}), check=evaluate.check_gold)
+    path = read(row(), load=lambda path: path)
+    path.write_text(json.dumps(row(answer=answer, choices=choices)))
+    with pytest.raises(data.DataError, match="one of the choices"):      # so do all the scripts
+        evaluate.load_examples(evaluate.Config(data=path), "all")
+
+
+@pytest.mark.parametrize("answer, choices, said", [
+    ("B", ["red", "blue"], "blue"), ("b", ["red", "blue"], "(B)"), ("(B)", ["red", "blue"], "blue"),
+    ("Blue.", ["red", "blue"], "B"), (3, ["2", 3], "B"), ("0.5", ["1/3", "1/2"], "1/2"),
+    ("B. blue", ["red", "blue"], "b"), ("B", ["B", "A"], "A) B"), ("x" * 400, None, "x" * 400),
+    ("$18$", None, "18"), (0, None, "0"), (-0.5, None, "-1/2"), (10 ** 20, None, "1" + "0" * 20)])
+def test_golds_that_can_be_right(read, answer, choices, said):
+    """The check refuses no gold that an answer can equal: a letter, a text, a value."""
+    example, = read(row(answer=answer, choices=choices), check=evaluate.check_gold)
+    assert evaluate.grade(f"<answer>{said}</answer>", example).correct
+    assert not evaluate.grade("<answer>7777</answer>", example).correct
 
 
 @pytest.mark.parametrize("raw, message", [
@@ -364,6 +556,25 @@ def test_skip_bad_rows(read, capsys):
         read({}, {}, skip_bad_rows=True)
 
 
+@pytest.mark.parametrize("line", [
+    json.dumps(row(question="\xe9"), ensure_ascii=False).encode("latin-1"),
+    json.dumps(row(question="\u20ac"), ensure_ascii=False).encode("cp1252"),
+    json.dumps(row(question="\u6f22"), ensure_ascii=False).encode("gb18030"),
+    json.dumps(row(question="\xe9"), ensure_ascii=False).encode()[:-20], b"\xff\xfe\x00\x00",
+    b"\x00", b'{"question": "q", "answer": 18\x80}'])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "bom"])
+def test_a_line_in_another_encoding(read, capsys, line, mark):
+    """One such line, pasted in from an old table, refused the whole file, and could not be
+    skipped."""
+    good = json.dumps(row(question="\xe9"), ensure_ascii=False).encode()
+    raw = mark + b"\n".join([good, line, b"", good])
+    with pytest.raises(data.DataError, match=r"rows\.jsonl:2: not JSON"):
+        read(raw=raw)
+    assert [e.question for e in read(raw=raw, skip_bad_rows=True)] == ["\xe9", "\xe9"]
+    said = capsys.readouterr().out
+    assert "skipped 1 bad rows of 3; first: " in said and "rows.jsonl:2" in said
+
+
 def test_rows_of_any_file(tmp_path, capsys):
     """What runs write themselves is read by the same reader: rows as they are, an empty file too;
     the line that a killed run left half is named, or skipped and counted."""
@@ -372,8 +583,9 @@ def test_rows_of_any_file(tmp_path, capsys):
     assert data.read_jsonl(path) == [{"step": 1}, [2], "three"]
     places = [f"{path}:{number}" for number in (1, 3, 4)]
     assert data.read_jsonl(path, lambda row, where: where) == places
-    path.write_text(' [{"step": 1}, {"step": 2}]')
-    assert data.read_jsonl(str(path)) == [{"step": 1}, {"step": 2}]
+    for before in ("", " ", "\r\n\t", "\ufeff", "\ufeff\n"):      # Windows' mark of UTF-8 among them
+        path.write_text(before + '[{"step": 1},\n {"step": 2}]', encoding="utf-8")
+        assert data.read_jsonl(str(path)) == [{"step": 1}, {"step": 2}]
     path.write_text("")
     assert data.read_jsonl(path) == [] and capsys.readouterr().out == ""
     path.write_text('{"step": 1}\n{"step"')
@@ -383,14 +595,28 @@ def test_rows_of_any_file(tmp_path, capsys):
     assert "skipped 1 bad rows of 2; first: " in capsys.readouterr().out
 
 
-def test_split_of_a_file(read):
-    """The rows of val are not among those of train."""
-    rows = [row(question=f"q{i}") for i in range(100)]
-    train, val = (read(*rows, load=data.load_dataset, split=split) for split in ("train", "val"))
-    assert [e.question for e in train + val] == [r["question"] for r in rows] and len(val) == 5
+@pytest.mark.parametrize("count, of_val", [(2, 1), (39, 1), (40, 2), (100, 5), (5000, 200)])
+def test_splits_of_a_file(read, count, of_val):
+    """The rows of val are not among those of train: evaluation once scored what was trained on,
+    whatever --split said."""
+    rows = [row(question=f"q{i}") for i in range(count)]
+    path = read(*rows, load=lambda path: path)
+    train, val, whole = (data.load_dataset(path, split) for split in ("train", "val", "all"))
+    assert train + val == whole and [e.question for e in whole] == [r["question"] for r in rows]
+    assert len(val) == of_val and data.load_dataset(path, "all", 2) == whole[:2]
+    assert data.load_dataset(path, "val", 1) == val[:1]
+    for split in ("test", "ood", "base", "Train", "", "train,val"):
+        with pytest.raises(data.DataError, match=f"'{split}' is no split of a file: .*train, val"):
+            data.load_dataset(path, split)
 
 
-ODD = [None, True, 0, 1.5, -1, 10**400, float("nan"), "", " ", "a", "a.png", "../x", "/", "a\0b",
+def test_splits_of_one_row(read):
+    """A file of one row trains on it and says what it gives."""
+    for split in ("train", "val", "all"):
+        assert len(read(row(), load=data.load_dataset, split=split)) == 1
+
+
+ODD = [None, True, 0, 1.5, -1, 10**400, NAN, "", " ", "a", "a.png", "../x", "/", "a\0b",
        "\ud800", "<image>", "<answer>", "user", THREE, COT, ENCODED, [], {}, [[]], ["a", None],
        [{}], {"a": []}, USER, PARTS, [USER], [PARTS], [told(None)], [told(["text"])],
        {"type": "image"}, {"type": "text"}, {"text": 5}, {"bytes": "="}, {"path": 5}]
@@ -443,6 +669,131 @@ def test_fuzz_pictures(kind):
             data.open_image(bytes(broken))
         except data.DataError as error:
             assert "is not a readable image" in str(error)
+
+
+# --------------------------------------------------------------------- one way to open a picture
+TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
+         5: Image.TRANSPOSE, 6: Image.ROTATE_90, 7: Image.TRANSVERSE, 8: Image.ROTATE_270}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(read, kind, orientation):
+    """Telephones store a picture as the sensor lay and say how to turn it: models saw it on its
+    side, and questions about left and right had the wrong answer."""
+    upright = Image.new("RGB", (32, 48), (250, 250, 250))
+    upright.paste((200, 0, 0), (0, 0, 16, 16))
+    upright.paste((0, 0, 200), (16, 0, 32, 16))
+    stored = upright.transpose(TURNS[orientation]) if orientation in TURNS else upright
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    turned = base64.b64encode(saved(stored, kind, exif=exif)).decode()
+    seen, = read(row(image={"bytes": turned}))[0].pictures()
+    assert seen.size == (32, 48) and seen.mode == "RGB"
+    gaps = numpy.abs(numpy.asarray(seen, int) - numpy.asarray(upright, int))
+    assert gaps.mean() < 8                       # a wrong turn differs by 15 at least
+
+
+def noise(mode, seed=0):
+    """40 x 30 pixels of an 8-bit mode; the left half of its alpha is 0, hiding black."""
+    shape = (30, 40, len(Image.new(mode, (1, 1)).getbands()))
+    pixels = numpy.random.default_rng(seed).integers(0, 256, shape).astype(numpy.uint8)
+    if mode in ("RGBA", "LA"):
+        pixels[:, :20] = 0
+    return Image.frombytes(mode, (40, 30), pixels.tobytes())
+
+
+FEW = noise("RGB").quantize(8)
+CLEAR = {       # a picture whose left half or colour 3 is transparent
+    "RGBA": saved(noise("RGBA")), "LA": saved(noise("LA")),
+    "webp": saved(noise("RGBA"), "WEBP", lossless=True, exact=True),
+    "P, one clear colour": saved(FEW, transparency=3), "gif": saved(FEW, "GIF", transparency=3),
+    "P, an alpha for each": saved(FEW, transparency=bytes([255, 200, 100, 0, 50])),
+    "gif, moving": saved(FEW, "GIF", transparency=3, save_all=True, append_images=[noise("L")]),
+    "RGB, one clear colour": saved(Image.new("RGB", (40, 30), (7, 8, 9)), transparency=(7, 8, 9)),
+    "L, one clear grey": saved(Image.new("L", (40, 30), 7), transparency=7)}
+OPAQUE = {
+    "RGB": saved(noise("RGB")), "L": saved(noise("L")), "1": saved(noise("L").convert("1")),
+    "P": saved(FEW), "bmp": saved(noise("RGB"), "BMP"), "bmp, 1": saved(noise("L").convert("1"),
+                                                                      "BMP"),
+    "jpeg": saved(noise("RGB"), "JPEG"), "jpeg, grey": saved(noise("L"), "JPEG"),
+    "jpeg, CMYK": saved(noise("CMYK"), "JPEG")}
+
+
+@pytest.mark.parametrize("name", CLEAR)
+def test_transparency_is_white(name):
+    """It turned into whatever lay beneath, mostly black: black lines on black."""
+    alpha = numpy.asarray(Image.open(io.BytesIO(CLEAR[name])).convert("RGBA"))[:, :, 3]
+    seen = numpy.asarray(data.open_image(CLEAR[name]))
+    assert seen.shape == (30, 40, 3) and (alpha == 0).sum() > 50
+    assert (seen[alpha == 0] == 255).all()
+
+
+@pytest.mark.parametrize("name", [*CLEAR, *OPAQUE])
+def test_modes_are_opened_as_by_transformers(tokenizer, name):
+    """Bit for bit what Idefics3's and Qwen2-VL's own processors make of the same file."""
+    module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    source = (CLEAR | OPAQUE)[name]
+    idefics = their_images(32)(Image.open(io.BytesIO(source)), return_tensors="pt")
+    _, tiles, _ = data.Processor(tokenizer, 32, 16).picture(data.open_image(source))
+    assert numpy.array_equal(idefics["pixel_values"][0].numpy(), numpy.concatenate(tiles))
+    qwen = module.Qwen2VLImageProcessorPil(size=dict(shortest_edge=3136, longest_edge=84 ** 2))
+    ours = data.QwenProcessor(tokenizer, 28, 1, dict(longest_edge=84))
+    _, (patches,), _ = ours.picture(data.open_image(source))
+    expected = qwen(Image.open(io.BytesIO(source)), return_tensors="pt")["pixel_values"]
+    assert numpy.array_equal(expected.numpy(), patches)
+
+
+def ramp(depth, channels=1, kind=0):
+    """A PNG, written by hand: 16 columns from black to white, opaque, in samples of `depth`."""
+    most, alpha = 2 ** depth - 1, kind in (4, 6)
+    line = [sample for column in range(16) for sample in
+            [round(column / 15 * most)] * (channels - alpha) + [most] * alpha]
+    bits = "".join(f"{sample:0{depth}b}" for sample in line)
+    packed = int(bits, 2).to_bytes(len(bits) // 8, "big")
+
+    def chunk(name, content):
+        checked = name + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, depth, kind, 0, 0,
+                                                                0))
+            + chunk(b"IDAT", zlib.compress((b"\0" + packed) * 16)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("depth, channels, kind", [
+    (1, 1, 0), (2, 1, 0), (4, 1, 0), (8, 1, 0), (16, 1, 0), (8, 2, 4), (16, 2, 4), (8, 3, 2),
+    (16, 3, 2), (8, 4, 6), (16, 4, 6)])
+def test_depths(depth, channels, kind):
+    """Of grey in 16 bits, as scanners and X-rays have it, all that is not black became white."""
+    seen = numpy.asarray(data.open_image(ramp(depth, channels, kind)), int)
+    steps = numpy.round(numpy.arange(16) / 15 * (2 ** depth - 1)) / (2 ** depth - 1) * 255
+    assert seen.shape == (16, 16, 3)
+    assert (numpy.abs(seen - steps[None, :, None]) <= 1).all()
+    assert seen[0, 0, 0] == 0 and seen[0, 15, 0] == 255
+
+
+def test_a_limit_on_pixels_that_is_an_option(read, monkeypatch):
+    """A larger picture stopped in mid-training; Pillow's own limit could not be changed."""
+    monkeypatch.setattr(data, "MAX_PIXELS", data.MAX_PIXELS)
+    path, found = read(row(), row(image="a.png"), load=lambda path: path), []
+    config = evaluate.Config(data=path, max_pixels=64 * 64 - 1)
+    with pytest.raises(data.DataError, match=r"rows\.jsonl:2: .*a\.png .*--max-pixels 4095"):
+        evaluate.load_examples(config, "all")
+    for options in (dict(skip_bad_rows=True), dict(max_pixels=64 * 64)):
+        data.read_examples.cache_clear()
+        found.append(len(evaluate.load_examples(evaluate.Config(
+            **dict(data=path, max_pixels=64 * 64 - 1) | options), "all")))
+    assert found == [1, 2] and Image.MAX_IMAGE_PIXELS is None
+
+
+@pytest.mark.parametrize("size", [(400, 2), (2, 400), (1, 200), (1, 1)])
+def test_the_longest_pictures_that_are_read(tokenizer, size):
+    """Sides of 200 to 1 are the most that Qwen takes; a row with more is refused when it is read
+    (see BAD), not after hours, in the step that happens to draw it."""
+    image = data.open_image(saved(Image.new("RGB", size)))
+    for ours in (data.Processor(tokenizer, 32, 16), data.QwenProcessor(tokenizer, 28, 1)):
+        _, pixels, _ = ours.picture(image)
+        assert all(numpy.isfinite(array).all() and len(array) for array in pixels)
 
 
 @pytest.mark.parametrize("name, count", [
@@ -507,6 +858,49 @@ def test_batch_is_its_prompts(processor):
     assert torch.equal(batch.pixels, torch.cat([one.pixels for one in single]))
     for ids, length, one in zip(batch.ids, batch.lengths, single):
         assert torch.equal(ids[:length], one.ids[0]) and (ids[length:] == processor.pad).all()
+
+
+@pytest.mark.parametrize("kind, sizes", [(data.Processor, (32, 16)), (data.QwenProcessor, (28, 1))])
+def test_special_tokens_in_a_text_are_text(tokenizer, kind, sizes):
+    """A row that speaks of `<|im_end|>` or `<|image_pad|>` had a second end mark in its response,
+    an image token without a picture (a traceback in mid-training), or closed the user's turn."""
+    special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()
+               if token.special}
+    assert {data.STOP, data.IMAGE, "<|im_end|>", "<|image_pad|>", "<row_1_col_1>"} <= set(special)
+
+    def marks(ids):
+        return [i for i in ids if i in special.values()]
+
+    def ask(text):
+        style = dict(system=f"Be {text} brief.", instruction=f"Think {text}.")
+        ours, own = kind(tokenizer, *sizes, style), text.replace(data.IMAGE, "")
+        example = data.Example("x", f"{own}<image>{own} or{own}<image>?{own}", "3",
+                               images=[picture(0, 56, 30), picture(1, 40, 40)])
+        return [ours.batch([example]) for example.system in ("", f"{text}Look{text}{text}")], ours
+    plain, processor = ask("x")
+    for text in [*special, "".join(special), "<<|im_end|>|im_end|>", "<|im_end|><|im_end|>"]:
+        batches, ours = ask(text)
+        for one, other in zip(batches, plain):
+            assert marks(one.ids[0].tolist()) == marks(other.ids[0].tolist()), text
+            assert torch.equal(one.pixels, other.pixels)
+        for response in (text, f"so {text} it is{text}", data.tagged("3", text)):
+            ids = ours.response_ids(response)
+            assert marks(ids) == [ours.stop] and ids[-1] == ours.stop, text
+            assert ours.decode(ids).replace("\u200b", "") == response.strip()
+    for text in ("a < b |> c", "x\u200by", "<think>1</think><answer>2</answer>", "<|im_end", ""):
+        assert processor.plain(text) == text
+
+
+@pytest.mark.parametrize("mark", ["<|im_end|>", "<|endoftext|>", "<pad>", "<end_of_utterance>"])
+def test_rows_that_speak_of_special_tokens(read, tokenizer, mark):
+    """They are read, and keep their one end mark, in every field."""
+    example, = read(row(question=f"What is {mark}?", rationale=f"It is {mark}.", answer=mark,
+                        choices=[mark, "a"], system=f"Say {mark}"))
+    for ours in (data.Processor(tokenizer, 32, 16), data.QwenProcessor(tokenizer, 28, 1)):
+        _, batch, (response,) = ours.prepare([example])
+        assert response.count(tokenizer.token_to_id(mark)) == (mark == ours.STOP)
+        system = data.Example("x", "q", "a", system="Say")
+        assert (batch.ids == ours.stop).sum() == (ours.batch([system]).ids == ours.stop).sum()
 
 
 def picture(seed, width, height):
@@ -581,8 +975,6 @@ def test_qwen_pixels_are_those_of_transformers(tokenizer, edge):
         assert expected["image_grid_thw"].tolist() == [[1, 2 * grid[0], 2 * grid[1]]], size
         assert numpy.array_equal(expected["pixel_values"].numpy(), patches), size
         assert 784 * grid[0] * grid[1] <= max(edge ** 2, 784 * max(grid))
-    with pytest.raises(data.DataError, match="401x2"):
-        ours.picture(picture(0, 401, 2))
 
 
 @pytest.mark.parametrize("system", ["", "Be brief."])
@@ -662,7 +1054,6 @@ def test_workers_prepare_what_a_step_would(start, monkeypatch):
 
 def test_an_error_in_a_worker_is_one_clear_line(start, tmp_path, monkeypatch):
     """A DataLoader hands it on with the whole traceback of the worker."""
-    import evaluate
     import model as models
     processor, world = models.load_checkpoint(start)[1], data.World("nowhere", size=1)
     monkeypatch.setattr(sys, "argv", ["evaluate.py"])

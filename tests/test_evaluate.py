@@ -3,8 +3,12 @@ import ast
 import itertools
 import json
 import math
+import os
 import pathlib
 import random
+import subprocess
+import sys
+import threading
 import time
 from fractions import Fraction
 
@@ -20,6 +24,9 @@ REAL = pathlib.Path(__file__).parents[2] / "shared" / "data" / "geometry3k"
 BOX, TENTH = "[1, 2, 30, 40]", "Find x. Round to the nearest tenth, if necessary."
 CHOICES, LENGTHS = ["6", "3", "4", "2"], ["5 cm", "5 m", r"$\frac{13}{2}$ cm", "2√3 cm"]
 PICKS = ["green square", "B", "A"]
+BOXED, OF_DOG = "Give the bounding box.", [74.0, 302.0, 181.0, 500.0]
+COLOURS = ["red", "blue", "green"]
+LETTERS = "Which is it?\n(A) red\n(B) blue\n(C) green"
 
 TRUTH = [  # gold, answers that are right, answers that are wrong[, question[, choices]]
     ("5", ["5", " 5 ", "5.", "5.0", "05", "+5", "5,", "**5**", "$5", "$5$", "5.000", "10/2",
@@ -106,8 +113,9 @@ TRUTH = [  # gold, answers that are right, answers that are wrong[, question[, c
     ("dark red", ["dark  red", "Dark red.", "dark\nred", '"Dark Red"'], ["red", "dark", "darkred"]),
     ("5 apples", ["5 apples", "5 Apples."], ["5", "apples", "5 cm", "6 apples"]),
     ("9" * 30, ["9" * 30], ["9" * 29 + "8", "9" * 31, "1e30"]),
+    # A box only where row or question says so: without BOXED any list of four numbers was one.
     (BOX, [BOX, "[2,2,30,40]", "[1.0, 2.0, 30.5, 40]", r"\boxed{[1, 2, 30, 40]}"],
-     ["[30, 40, 1, 2]", "[0, 0, 90, 90]", "[1, 2, 30]", "5", "1, 2, 30, 40", f"{BOX} {BOX}"]),
+     ["[30, 40, 1, 2]", "[0, 0, 90, 90]", "[1, 2, 30]", "5", "1, 2, 30, 40", f"{BOX} {BOX}"], BOXED),
     *[(gold, ["C", "c", "(C)", "C.", "4", "(C) 4", "C: 4", "C) 4", r"\text{C}", r"\textbf{(C)}",
               "$4$", "4.0", "x = 4", r"\boxed{C}", r"C. $\frac{8}{2}$", "4 cm"],
        ["(C) 3", "B", "3", "E", "", "C or B", "Cat", "C) B", "5", "A, B, C, D", "34", "Z", "?"], "",
@@ -137,11 +145,139 @@ MORE = [  # what the rules of `clean` and of `number` serve, and what they must 
     ("B", ["{B}", r"\boxed{{B}}", "choice b", "B: 3", "3", r"\textbf{(B)}"],
      ["{C}", "b c", "BB", "B 4", "option", "2"], "", CHOICES),
     ("[0, 0, 10, 10]", ["[0, 0, 10, 20]", "[0,5,10,10]", "[ 0, 0, 10.0, 10 ]", "[-5, 0, 10, 10]"],
-     ["[0, 0, 10, 20.1]", "[0, 5.1, 10, 10]", "[10, 10, 0, 0]", "[0, 0, 0, 0]", "[0, 0, 1e1, 10]"]),
+     ["[0, 0, 10, 20.1]", "[0, 5.1, 10, 10]", "[10, 10, 0, 0]", "[0, 0, 0, 0]", "[0, 0, 1e1, 10]"],
+     "Where is it? Answer with bbox coordinates."),          # as above
     ("[0, 0, 0, 0]", ["[0, 0, 0, 0]"], ["[0,0,1,1]", "[1, 1, 1, 1]"])]
 
 
-@pytest.mark.parametrize("row", TRUTH + MORE, ids=lambda row: row[0])
+MISREAD = [  # what users brought and what was silently read as something else, with its siblings
+    # what stands before «=» was dropped on both sides; spaces around it mean nothing
+    ("x = 3", ["x=3", r"\(x=3\)", "3", "= 3", "x = 6/2", "X = 3", "$x = 3.0$", "**x = 3**"],
+     ["y = 3", "x = 4", "x = -3", "-x = 3", "2x = 3", "x = 3 or x = 4", "xx = 3", "x > 3", "x"]),
+    ("AB = CD", ["AB=CD", "$AB = CD$", r"\(AB=CD\)"], ["EF = CD", "AB = EF", "AB", "EF=CD"]),
+    ("y=2x+1", ["y = 2x + 1", "y = 2x+1", "$y=2x+1$", "Y = 2X + 1"],
+     ["y=2x-1", "y = 2x", "y = x+1", "z = 2x+1", "y = 2x+11", "y = 12x+1"]),
+    ("m∠A = 30°", ["m∠A=30", r"m\angle A = 30^\circ", "30°", "30 degrees", "m ∠A = 30"],
+     ["m∠B = 30°", "m∠A = 31°", r"m\angle B = 30", "m∠A = 30 cm"]),
+    # end marks that mean something, and the many ways to write them
+    ("A′", ["A'", "A’", "$A'$", "A′."], ["A", "A″", "B′", "A′′", "A!"]),
+    ("f'(x)", ["f′(x)", "f’(x)", "$f'(x)$"], ["f(x)", "f''(x)", "g'(x)", "f″(x)"]),
+    ("5″", ['5"', "5 in", "5 inches", "5''", "5”", "5"], ["5′", "5'", "5 ft", "5 cm", "6″"]),
+    ("6'", ["6′", "6 ft", "6 feet", "6’", "6"], ['6"', "6″", "6 inches", "60'", "6''"]),
+    ("2 in", ["2″", '2"', "2 inch"], ["2′", "2'", "2 ft"]),
+    ("5", ["5?"], ["5!", "5!!", "3!", "!5"]), ("120", ["120"], ["5!", "120!"]),
+    # «nearest unit» and «decimals» said of the answer, or of what is given
+    ("18.8", ["18.8", "18.81"], ["19", "18.9"],
+     "The distance is given to the nearest foot. What is the height?"),
+    ("24.36", ["24.36"], ["24.4", "24"], "A side, measured to the nearest tenth, is 4.9. The area?"),
+    ("12.4", ["12.4"], ["12", "12.0"], "The lengths are rounded to the nearest inch. The area?"),
+    ("12.4", ["12.4"], ["12", "12.3"], "Lengths are shown to the nearest centimeter. The area?"),
+    ("12.4", ["12.4", "12"], ["13", "11"], "Lengths are given to the nearest tenth. Find the area, "
+     "to the nearest inch."),
+    ("3.14159", ["3.14", "3.142"], ["3.1", "3.15", "3"], "Give the answer to two decimal places."),
+    ("3.14159", ["3.14", "3.1416"], ["3.1", "3.13"], "Round to 2 decimal places."),
+    ("2/3", ["0.667", "2/3"], ["0.67", "0.66", "0.7"], "Answer to three decimal places."),
+    ("0.456", ["0.5", "0.46"], ["0.4", "1"], "Give it with 1 decimal."),
+    # Markdown, quotes, exclamations
+    ("Yes", ["Yes!", "*Yes*", "Yes!!", "“Yes”", "‘yes’", "`yes`", "**Yes**.", "**Yes.**"],
+     ["No!", "yes or no", "Yes, no", "**No**", "yes?no", "**Yes** **no**"]),
+    ("“dark red”", ["dark red", '"dark red"', "‘Dark red’", "**dark red**"], ["red", "“dark”"]),
+    ("don't", ["don’t", "Don‘t"], ["dont", "do", "don t"]),
+    ("7", ["`7`", "*7*", "“7”", "**x = 7**", "$$7$$", "7;", "7 units", "**$7$**"],
+     ["7 or 8", "7?8", "7:8", "7/", "about 7", "It is 7", "7 people", "**7** **8**", "**8**"]),
+    # a letter where the choices stand only in the question
+    *[(gold, ["B", "(B)", "b)", "**B**", "**(B)**", "Answer: B", "The answer is **B**", "[B]",
+              "The answer is B.", "Option B", "choice (B)", "The correct answer is (B)", "“B”",
+              "final answer: B", "The answer is: B", "**Answer: B**", r"\textbf{B}"],
+       ["C", "A or B", "Answer: C", "The answer is **C**", "B or C", "A, B", "AB", "not B", "B C",
+        "The answer is not B", "Answer: B or C", "BB", "b = c", "Because", "A/B", "I choose B not A",
+        "The answer is C, not B", "B and C"], LETTERS) for gold in ("B", "(B)")],
+    *[(gold, ["B", "The answer is **B**", "(B) blue", "B: blue", "**B** blue", "**B. blue**",
+              "The answer is (B) blue", "The answer is blue", "Answer: **blue**", "**(B)** blue"],
+       ["C", "red", "(B) red", "B or C", "The answer is **C**", "the answer is red", "(C) blue",
+        "the sky is blue", "blue or red", "not blue", "A: blue"], LETTERS, COLOURS)
+      for gold in ("B", "blue", "(B) blue")],
+    ("answer", ["answer", "B", "the answer is B"], ["A", "question", "the answer is A", "the answer"],
+     "", ["question", "answer"]),
+    ("x = 3", ["x=3", "B", "3", "(B) x = 3"], ["y = 3", "x = 2", "A", "(A) x = 3"], "",
+     ["x = 2", "x = 3"]),
+    ("¾", ["B", "0.75", "3/4", r"\frac34"], ["A", "¼", "3⅟4", "B ¼"], "", ["¼", "¾"]),
+    ("$5", ["A", "5 dollars", "$5.00"], ["€5", "B", "5 €"], "", ["$5", "€5"]),
+    # spaces that mean nothing
+    ("2:3", ["2 : 3", "2 :3", "$2:3$"], ["3:2", "2:4", "2 3", "23", "4:6:1"]),
+    ("{1, 2}", ["{1,2}", r"\{1, 2\}", "{ 1 , 2 }"], ["{1,3}", "{12}", "{1,2,3}", "1", "(1, 2)"]),
+    ("(3, 4)", ["(3,4)", "( 3 , 4 )", r"\left(3, 4\right)"], ["(4,3)", "(34)", "3", "[3,4]"]),
+    ("x > 3", ["x>3", "$x>3$"], ["x<3", "x ≥ 3", "3", "x > 4"]),
+    # LaTeX and Unicode for the same
+    (r"x \le 3", ["x ≤ 3", "x≤3", r"x \leq 3", r"$x\le3$"], ["x ≥ 3", r"x \ge 3", "x<3", "3"]),
+    (r"x \neq 3", ["x ≠ 3", r"x\ne3", "x≠3"], ["x = 3", "3", "x ≠ 4"]),
+    (r"\pm 2", ["±2", "± 2", r"$\pm2$"], ["2", "-2", "+2", r"\pm 3", "∓2"]),
+    (r"\infty", ["∞", r"$\infty$"], ["-∞", "0", r"-\infty", "8"]),
+    (r"\angle ABC", ["∠ABC", "∠ ABC"], ["∠ABD", "ABC", r"\angle AB"]),
+    (r"AB \perp CD", ["AB ⊥ CD", "AB⊥CD"], ["AB ∥ CD", "CD", "AB"]),
+    ("12°", ["$ 12 $", r"$ 12^\circ $", "12 º", "１２°"], ["$ 13 $", "$ 12 $ or 13", "12′"]),
+    # vulgar fractions, superscripts, roots, full width
+    ("½", ["1/2", "0.5", r"\frac12", "50%", "1⁄2"], ["1/3", "¼", "12", "2", "1½"]),
+    ("13/2", ["6½", "6 ½", "6½ cm"], ["6¼", "½", "7½", "6½½"]),
+    ("-5/2", ["-2½", "−2½", "-2 ½"], ["2½", "-1.5", "-2¼"]), ("2/3", ["⅔", "2⁄3"], ["⅓", "3/2"]),
+    ("10000", ["10⁴", "1 × 10⁴", "１００００"], ["104", "10³", "10⁵", "10⁻⁴"]),
+    ("1/100", ["10⁻²", "10^{-2}", "1e-2"], ["10²", "10-2", "-100", "10⁻³"]),
+    ("x^2+1", ["x² + 1", "x^{2}+1", "$x^2+1$"], ["x²-1", "x2+1", "2x+1"]),
+    ("∛2", [r"\sqrt[3]{2}", "2^{1/3}", "1.26", "∛(2)"], ["√2", "3√2", "2", "1.3"]),
+    ("2", ["∛8", "∛(8)", "2∛1", "√4"], ["√8", "∛9", "∛"]),
+    ("3/4", ["３／４", "¾", "３÷４"], ["４／３", "３４"]), ("A", ["Ａ", "（Ａ）"], ["Ｂ", "ＡＢ"]),
+    # units beyond lengths; areas and volumes
+    ("3 kg", ["3", "3kg", "3 kilograms", "3 KG"], ["3 g", "3 lb", "4 kg", "3000 g", "3 m", "3 kg 2"]),
+    ("3", ["3 kg", "3 L", "3 hours", "3 mph", "3 km/h"], ["3 apples", "4 kg", "3 kg and 3 g"]),
+    ("20 s", ["20 seconds", "20 sec", "20"], ["20 min", "20 h", "1/3 min"]),
+    ("2 h", ["2 hours", "2 hrs", "2"], ["120", "120 min", "2 min"]),
+    ("3 km", ["3 kilometres", "3 kilometers"], ["3 m", "3 miles", "3000 m"]),
+    ("500 ml", ["500", "500 mL", "500 milliliters"], ["0.5 l", "500 l", "50"]),
+    ("5 m/s", ["5", "5m/s"], ["5 m", "5 s", "5 km/h", "5 m/s^2"]),
+    ("6 m^2", ["6 m²", "6 square meters", "6 sq. m", "6"], ["6 m", "6 m³", "6 cm²", "36"]),
+    ("27 cm^3", ["27 cm³", "27 cubic centimeters", "27"], ["27 cm", "27 cm²", "27 cubic m"]),
+    # money
+    ("$5.50", ["5.50", "5.5", "$ 5.50", r"\$5.50", "5.50 dollars", "5.5 USD"],
+     ["€5.50", "£5.50", "$5.05", "$550", "5.50 €", "$5.50 or $6"]),
+    ("€20", ["20", "20 €", "€ 20", "20 euros"], ["$20", "£20", "200", "20 dollars"]),
+    ("£1,250", ["1250", "£1250", "1,250 £"], ["$1250", "£125", "€1,250"]),
+    # large numbers to the last digit; powers of ten
+    ("12345678901234567890", ["12,345,678,901,234,567,890", "+12345678901234567890"],
+     ["12345678901234567891", "12345678901234567880", "1234567890123456789"]),
+    ("1,000,000,000,001", ["1000000000001", "$1000000000001$"], ["1000000000000", "1e12"]),
+    ("9007199254740993", ["9,007,199,254,740,993"], ["9007199254740992", "9007199254740994"]),
+    ("1e20", ["100000000000000000000", "10^20"], ["100000000000000000001", "1e21", "10^19"]),
+    ("1200", ["1.2 x 10^3", "1.2x10^3", "1.2 × 10³", r"1.2 \times 10^{3}", r"1.2\cdot10^3"],
+     ["1.2 x 10^4", "12 x 100", "1.2 x 3", "1.2x", "1.2 x 1000"]),
+    ("0.0012", ["1.2 x 10^-3", "1.2 × 10⁻³", r"1.2 \times 10^{-3}"], ["1.2 x 10^3", "1.2 × 10⁻⁴"]),
+    # boxes as Qwen2.5-VL writes them; four numbers that are a list
+    (str(OF_DOG), ["[74,302,181,500]", '{"bbox_2d": [74, 302, 181, 500]}', "[70, 300, 180, 500]",
+                   '[{"bbox_2d": [74, 302, 181, 500], "label": "dog"}]',
+                   '```json\n[{"bbox_2d": [74, 302, 181, 500], "label": "dog"}]\n```',
+                   '```json\n{"bbox_2d": [80, 310, 181, 500]}\n```',
+                   '<answer>{"bbox_2d":[74,302,181,500],"label":"dog"}</answer>'],
+     ['{"bbox_2d": [0, 0, 10, 10]}', '{"bbox_2d": []}', '{"bbox_2d": [74, 302, 181]}', "the dog",
+      '{"label": "dog"}', "[181, 500, 74, 302]", "[74, 302, 181, 500] or [0, 0, 1, 1]",
+      '[{"bbox_2d": [74, 302, 181, 500]}, {"bbox_2d": [0, 0, 1, 1]}]'], "Give the dog's bbox_2d."),
+    ("[1, 2, 3, 4]", ["[1,2,3,4]", "[ 1, 2, 3, 4 ]", r"\[[1, 2, 3, 4]\]"],
+     ["[1, 2, 3, 5]", "[1, 2, 3, 4.1]", "[0, 2, 3, 4]", "[4, 3, 2, 1]", "[1,2,3]"],
+     "List the first four numbers."),
+    ("[0, 0, 100, 100]", ["[0,0,100,100]"], ["[0, 0, 100, 99]", "[1, 0, 100, 100]"]),
+    # a template had written the <think>: nothing before the last </think> is the answer
+    ("4", ["</think> 4", "I think 5</think> 4", "2 + 2\n</think>\n4", "</think><answer>4</answer>",
+           r"\boxed{5}</think> 4", r"\boxed{5}</think>\boxed{4}", "<think>a</think>b</think>4",
+           "<answer>5</answer></think>\n\n**4**", "</think>x = 4"],
+     ["4</think> 5", "4</think>", r"\boxed{4}</think>", r"\boxed{4}</think> 5", "<think>4",
+      "<answer>4</answer></think>5", "<think>4</think>", "4</think>I do not know",
+      r"<think>\boxed{4}", "<answer>4</answer></think>", "</think>4</think>5"]),
+    # two answers are none, but where the gold says two
+    ("3 or 4", ["3 or 4", "**3 or 4**"], ["3", "4", "4 or 5", "3 and 4"]),
+    ("75%", ["75 percent", r"75\%", "0.75", "75 %"], ["7.5%", "74%", "0.075", "75 or 80%"])]
+
+ROWS = TRUTH + MORE + MISREAD
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_truth(row):
     gold, right, wrong, question, choices = (*row, "", None)[:5]
     for expected, answers in ((True, right), (False, wrong)):
@@ -149,9 +285,42 @@ def test_truth(row):
             assert evaluate.is_right(answer, gold, choices, question) == expected, answer
 
 
-def test_truth_is_large_and_balanced():
-    right, wrong = (sum(len(row[i]) for row in TRUTH + MORE) for i in (1, 2))
-    assert right + wrong > 600 and abs(right - wrong) < 0.25 * (right + wrong)
+@pytest.mark.parametrize("rows, least", [(TRUTH + MORE, 800), (MISREAD, 200)])
+def test_truth_is_large_and_balanced(rows, least):
+    right, wrong = (sum(len(row[i]) for row in rows) for i in (1, 2))
+    assert right + wrong > least and abs(right - wrong) < 0.2 * (right + wrong)
+    for row in rows:
+        answers = row[1] + row[2]
+        assert len(answers) == len(set(answers)), f"{row[0]}: twice the same pair"
+
+
+UNITS = [("mm", "millimeters"), ("cm", "centimetres"), ("m", "metre"), ("km", "kilometers"),
+         ("in", "inches"), ("ft", "feet"), ("yd", "yards"), ("mi", "miles"), ("°", "degrees"),
+         ("%", "percent"), ("mg", "milligrams"), ("g", "grams"), ("kg", "kilogram"),
+         ("lb", "pounds"), ("L", "litres"), ("s", "seconds"), ("min", "minutes"), ("h", "hrs"),
+         ("day", "days"), ("year", "years"), ("m/s", "m/s"), ("km/h", "kph"), ("mph", "mph"),
+         ("dollar", "USD"), ("€", "euros"), ("£", "GBP")]
+
+
+@pytest.mark.parametrize("unit, spelled", UNITS, ids=[unit for unit, _ in UNITS])
+def test_units(unit, spelled):
+    """«3 kg» for the gold 3 was wrong, for only lengths were units; «3 g» for 3 kg stays wrong."""
+    for right, gold in itertools.permutations(["7", f"7 {unit}", f"7 {spelled}", f"7{unit}"], 2):
+        assert evaluate.is_right(right, gold), (right, gold)
+    others = [other for other, _ in UNITS if other != unit]
+    for wrong in [*(f"7 {other}" for other in others), f"7 {unit}^2", f"8 {unit}", f"7 {unit} 7"]:
+        assert not evaluate.is_right(wrong, f"7 {unit}"), wrong
+
+
+@pytest.mark.parametrize("name, sign", [
+    ("pm", "±"), ("le", "≤"), ("leq", "≤"), ("ge", "≥"), ("geq", "≥"), ("ne", "≠"), ("neq", "≠"),
+    ("infty", "∞"), ("angle", "∠"), ("perp", "⊥"), ("times", "×"), ("cdot", "·"), ("div", "÷"),
+    ("approx", "≈"), ("degree", "°"), ("circ", "°"), ("pi", "π")])
+def test_latex_reads_as_its_sign(name, sign):
+    """«a ≤ b» was wrong for the gold «a \\le b», and the other way round."""
+    for latex in (rf"a \{name} b", rf"$a\{name} b$", rf"\(a \{name}  b\)"):
+        assert evaluate.is_right(latex, f"a {sign} b") and evaluate.is_right(f"a {sign} b", latex)
+        assert not evaluate.is_right(latex, "a b") and not evaluate.is_right("b", latex)
 
 
 RULES = [(name, i) for name in ("PLAIN", "FORMULA") for i in range(len(getattr(evaluate, name)))]
@@ -172,13 +341,14 @@ def test_rule(name, i, monkeypatch):
 
 @pytest.mark.parametrize("sign, plain", evaluate.SIGNS.items(), ids=map(chr, evaluate.SIGNS))
 def test_sign(sign, plain):
+    plain = plain if isinstance(plain, str) else chr(plain)
     assert evaluate.clean(f"7{chr(sign)}8") == f"7{plain}8"
 
 
 def test_unicode_is_plain_but_exponents_stay_exponents():
     assert evaluate.clean("Ｙｅｓ\u00a0５") == "yes 5"
     assert evaluate.clean("x³") == "x^3" and evaluate.clean("5 m²") == "5 m^2"
-    assert evaluate.number(evaluate.clean("6½")) is None, "NFKC alone would make it 61/2"
+    assert evaluate.number(evaluate.clean("6½")) == (6.5, ""), "NFKC alone would make it 61/2"
 
 
 @pytest.mark.parametrize("text, value", [
@@ -232,15 +402,16 @@ def test_depth(depth):
 
 
 def test_largest_and_longest():
-    assert evaluate.number("1000000000000") and not evaluate.number("1000000000001")
+    """Numbers over 10¹² were texts, and 1,000,000,000,001 was not 1000000000001."""
+    assert evaluate.number("1" + "0" * 100) and not evaluate.number("1" + "0" * 99 + "1")
     assert evaluate.is_right("5" + " " * 399, "5") and not evaluate.is_right("5" + " " * 400, "5")
     assert evaluate.number("5" + " " * 399) and not evaluate.number("5" + " " * 400)
 
 
 def test_repeating_the_question_is_wrong():
-    for gold, _, _, *asked in TRUTH:
+    for gold, _, _, *asked in ROWS:
         if asked and asked[0]:
-            assert not evaluate.is_right(asked[0], gold, None, asked[0])
+            assert not evaluate.is_right(asked[0], gold, *asked[1:] or [None], asked[0])
 
 
 @pytest.mark.parametrize("text, answer", [
@@ -249,8 +420,15 @@ def test_repeating_the_question_is_wrong():
     (r"<think>\boxed{4}</think>\boxed{ 5 }", "5"), (r"<answer>\boxed{5}</answer>", "5"),
     (r"\boxed{4} <answer>5</answer>", "5"), ("<answer>4</answer><answer> 5 </answer>", "5"),
     (r"\boxed{\boxed{5}}", "5"), (r"\boxed{5", r"\boxed{5"), (r"<think>\boxed{5}</think>", ""),
-    (r"<think>it must be \boxed{5}", ""), ("<think>5", ""), ("<answer>5", "<answer>5")])
+    (r"<think>it must be \boxed{5}", ""), ("<think>5", ""), ("<answer>5", "<answer>5"),
+    ("so it is 4</think> 5", "5"), (r"\boxed{4}</think> \boxed{5}", "5"), ("4</think>", ""),
+    (r"\boxed{4}</think>5", "5"), ("<answer>4</answer></think>5", "5"), (r"\boxed{4}</think>", ""),
+    ("<answer>4</answer></think>", ""), ("<think>a</think>4</think>5", "5"),
+    ("<think>a</think><think>b</think><answer>5</answer>", "5"), ("a</think>5<think>4", "5"),
+    (r"</think><answer>\boxed{4}, no, \boxed{5}</answer>", "5"), ("4</think>\n\n**5**", "**5**")])
 def test_extract_answer(text, answer):
+    """A template had written the <think>, and «…</think> 5» was wrong, or a box inside the thought
+    was taken for the answer: what stands before the last </think> never is."""
     assert data.extract_answer(text) == answer
 
 
@@ -284,16 +462,34 @@ PIECES = [*"()()()[]{}+-*/^.,%=$° \\", *"0123456789", r"\frac", r"\frac{1}{2}",
           "½", "¹⁰", "５", "ﷺ", "0x", "_", " or ", ";", "j", "//", "1e-99999999", ",)", "lambda:"]
 
 
+TEXTS = sorted({text for gold, right, wrong, *_ in ROWS for text in (gold, *right, *wrong)})
+
+
+def mutated(pick):
+    """A gold or an answer of the tables with up to three places cut, doubled, or filled."""
+    text = pick.choice(TEXTS)[:60]
+    for _ in range(pick.randrange(4)):
+        start, end = sorted((pick.randrange(len(text) + 1), pick.randrange(len(text) + 1)))
+        middle = pick.choice(["", 2 * text[start:end], pick.choice(PIECES), pick.choice(TEXTS)[:20]])
+        text = text[:start] + middle + text[end:]
+    return text
+
+
 def test_grader_survives_anything():
-    """100,000 texts, of random letters and of the grammar's own pieces: no crash, no long wait."""
+    """200,000 texts, of random letters, of the grammar's own pieces and of the tables' mutated
+    golds and answers: no crash, no long wait."""
     pick, longest = random.Random(0), 0.0
-    example, golds = data.world_example("test", 2), ["5", "1/3", "6.5", "2√3 cm", "yes", BOX]
-    for i in range(100_000):
-        some = pick.choices(PIECES, k=pick.randrange(24)) if i % 2 else [
-            chr(pick.randrange(pick.choice((128, 0x2500)))) for _ in range(pick.randrange(24))]
-        text, begin = "".join(some), time.process_time()
+    example, golds = data.world_example("test", 2), ["5", "1/3", "6.5", "2√3 cm", "yes", BOX, "B"]
+    for i in range(200_000):
+        text = mutated(pick) if i % 2 else "".join(
+            pick.choices(PIECES, k=pick.randrange(16)) if i % 4 else
+            [chr(pick.randrange(pick.choice((128, 0x2500, 0xD800)))) for _ in range(9)])
+        begin = time.process_time()
         if i % 10:
-            evaluate.is_right(*pick.sample([text, golds[i % 6]], 2), None, TENTH * (i % 3))
+            gold = text if i % 3 else golds[i % 7]
+            said = text if i % 5 else golds[i % 7]
+            sound = evaluate.judge(said, data.Example("", TENTH * (i % 2), gold, box=i % 11 == 0))
+            assert sound in (True, False, None)
         else:
             evaluate.is_right(text, "4", [*CHOICES, text])
             assert evaluate.grade(text, example, pick.choice(["tags", "boxed"])).steps is not None
@@ -313,6 +509,57 @@ def test_grader_survives_one_thing_again_and_again(piece):
             assert evaluate.is_right(answer, gold) in (True, False)
             assert evaluate.is_right(answer, gold, [gold, "7"]) in (True, False)
     assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize("gold, answer, expected, question, choices", [
+    ("5", "5", True, "", None), ("5", "6", False, "", None), ("5", "6 cm", False, "", None),
+    ("5", r"\boxed{6}", False, "", None), ("5", "**6**", False, "", None),
+    ("5", "x = 6", False, "", None), ("x = 5", "y = 6", False, "", None),
+    ("5", "I do not know", None, "", None), ("5", "", None, "", None), ("5", "6 or 7", None, "", None),
+    ("5", "It is 5", None, "", None), ("5", "6" * 401, None, "", None),
+    ("x = 5", "I do not know", None, "", None), ("5", BOX, None, "", None),
+    ("yes", "Yes.", True, "", None), ("yes", "no", False, "", None), ("yes", ".", None, "", None),
+    ("yes", "no" * 201, None, "", None),
+    ("B", "(B)", True, "", COLOURS), ("B", "red", False, "", COLOURS), ("B", "c", False, "", COLOURS),
+    ("B", "D", None, "", COLOURS), ("B", "A or B", None, "", COLOURS), ("B", "", None, "", COLOURS),
+    ("B", "(B) red", None, "", COLOURS), ("B", "pink", None, "", COLOURS),
+    (BOX, BOX, True, BOXED, None), (BOX, "[0, 0, 1, 1]", False, BOXED, None),
+    (BOX, '{"bbox_2d": [0, 0, 1, 1]}', False, BOXED, None), (BOX, "[0, 0]", None, BOXED, None),
+    (BOX, "the dog", None, BOXED, None), (BOX, "[0, 0, 1, 1]", False, "", None)])
+def test_three_outcomes(gold, answer, expected, question, choices):
+    """A run that answered in sentences looked as one that answers wrong: what cannot be read as
+    an answer of the gold's kind is None, not False."""
+    example = data.Example("x", question, gold, choices=choices)
+    assert evaluate.judge(answer, example) is expected
+    graded = evaluate.grade(f"<think>a</think><answer>{answer}</answer>", example)
+    assert (graded.correct, graded.parsed) == (expected is True, expected is not None)
+
+
+def test_a_row_may_say_that_it_is_a_box():
+    """`"solution": [1, 2, 30, 40]` is compared by overlap, whatever its question says; the same
+    text is not: it may be a list."""
+    for box in (True, False):
+        assert evaluate.is_right("[2, 2, 30, 40]", BOX, None, "Where is the dog?", box) == box
+        assert evaluate.is_right(BOX, BOX, None, "Where is the dog?", box)
+
+
+@pytest.mark.parametrize("gold, choices", [
+    ("", None), (" . ", None), ("**", None), ("$", None), (r"\boxed{}", None), ("?", None),
+    ("''", None), ("<think>5", None), ("5</think>", None), ("x" * 401, None), ("7", ["1", "2"]),
+    ("C", ["1", "2"]), ("0", COLOURS), ("1", COLOURS), ("pink", COLOURS), ("(B) red", COLOURS),
+    ("A or B", COLOURS)])
+def test_gold_that_no_answer_equals(gold, choices):
+    """Such a row ran through a whole training with reward 0; so did one whose gold was the index
+    of a choice. It is refused when it is read."""
+    with pytest.raises(data.DataError, match="expected one of the choices"):
+        evaluate.check_gold(data.Example("x", "?", gold, choices=choices))
+
+
+def test_every_gold_of_the_tables_is_accepted():
+    for gold, right, _, question, choices in [(*row, "", None)[:5] for row in ROWS]:
+        if choices != ["1", "2"]:                            # whose gold is no choice
+            evaluate.check_gold(data.Example("x", question, gold, choices=choices))
+    evaluate.check_gold(data.Example("x", "?", "x" * 400))
 
 
 def test_faithful_and_lucky():
@@ -396,14 +643,17 @@ def test_paired_bootstrap_covers():
 
 
 def test_summary_counts_questions_not_samples():
-    rows = [dict(id=f"test/{i}", split="test", family="count", correct=s < i, formatted=True,
-                 faithful=s == 0 and i > 0, truncated=False, response_ids=[1, 2])
+    """Every row of a file had the id 7, and five questions were one: a row's place tells them
+    apart. What was not parsed has its own figure."""
+    rows = [dict(id="7", index=i, split="test", family="count", correct=s < i, formatted=True,
+                 faithful=s == 0 and i > 0, truncated=False, response_ids=[1, 2], parsed=i > 0)
             for i in range(5) for s in range(4)]
     figures = evaluate.summaries(rows)["test"]
     assert figures["n"] == 5 and figures["accuracy"] == 0.5 and figures["length"] == 2
     assert figures["interval"] == evaluate.wilson(2.5, 5)
     assert figures["pass_at"] == {1: 0.5, 2: (0 + 1 / 2 + 5 / 6 + 1 + 1) / 5, 4: 0.8}
-    assert math.isclose(figures["lucky"], (10 - 4) / 20)
+    assert math.isclose(figures["lucky"], (10 - 4) / 20) and figures["parsed"] == 0.8
+    assert dict(zip(evaluate.COLUMNS, evaluate.columns(figures)))["parsed"] == "80.0"
 
 
 @pytest.fixture(scope="module")
@@ -423,7 +673,8 @@ def test_rows_of_an_evaluation(tmp_path, directory, capsys):
     rows = data.read_jsonl(out)
     assert len(rows) == 28 and [r["id"] for r in rows[:3]] == ["test/0", "test/0", "test/1"]
     assert {"id", "prompt_ids", "response_ids", "logprobs", "prompt", "response", "answer",
-            "correct", "formatted", "faithful"} <= set(rows[0])
+            "correct", "parsed", "formatted", "faithful", "index"} <= set(rows[0])
+    assert all(row["parsed"] >= row["correct"] for row in rows)
     model, processor = models.load_checkpoint(directory)
     row = rows[0]
     batch = processor.batch([data.world_example("test", 0)])
@@ -434,6 +685,88 @@ def test_rows_of_an_evaluation(tmp_path, directory, capsys):
     assert torch.allclose(logprob, torch.tensor([row["logprobs"]]), atol=1e-4)
     said = capsys.readouterr().out
     assert "pass@2" in said and "location" in said and "+0.0% [+0.0%, +0.0%]" in said
+    assert "test: 7 of 20000 questions" in said and "| parsed |" in said
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """A file of 40 questions, all with one id; the last two are its validation split."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [dict(question=f"What is {i}?", answer=str(i), id="same") for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(directory, questions, **given):
+    return evaluate.Config(model=str(directory), data=str(questions), device="cpu",
+                           max_new_tokens=2, **given)
+
+
+@pytest.mark.parametrize("split, limit, places, told", [
+    (None, 600, range(40), "all: 40 of 40"), ("all", 3, range(3), "all: 3 of 40"),
+    ("val", 600, [38, 39], "val: 2 of 2"), ("train", 5, range(5), "train: 5 of 38"),
+    ("train,val", 600, range(40), "train: 38 of 38 questions\nval: 2 of 2")])
+def test_splits_of_a_file(tmp_path, directory, questions, capsys, split, limit, places, told):
+    """Of a file of 15,000 rows 600 were asked without a word, and --split was ignored, so that
+    rows were scored that the model had been trained on."""
+    out = tmp_path / "rows.jsonl"
+    evaluate.main(config(directory, questions, split=split, limit=limit, out=str(out)))
+    rows = data.read_jsonl(out)
+    assert [row["prompt"] for row in rows] == [f"What is {i}?" for i in places]
+    said = capsys.readouterr().out
+    assert f"{told} questions" in said and "| split |" in said
+
+
+@pytest.mark.parametrize("split", ["test", "ood", "vall", ""])
+def test_unknown_split_of_a_file(directory, questions, split):
+    with pytest.raises(data.DataError, match="no split of a file: expected train, val, all"):
+        evaluate.main(config(directory, questions, split=split or ",val"))
+
+
+def test_out_is_written_and_not_replaced(tmp_path, directory, questions):
+    """--out LINK made a file of the link, and left the link's target as it was; --out PIPE made
+    a file of the pipe, and who read from it waited for ever."""
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    target.write_text("old\n" * 2000)
+    link.symlink_to(target)
+    evaluate.main(config(directory, questions, limit=2, out=str(link)))
+    assert link.is_symlink() and len(data.read_jsonl(target)) == 2
+    os.mkfifo(pipe)
+    read = []
+    reader = threading.Thread(target=lambda: read.extend(open(pipe)), daemon=True)
+    reader.start()
+    evaluate.main(config(directory, questions, limit=2, out=str(pipe)))
+    reader.join(60)
+    assert [json.loads(line) for line in read] == data.read_jsonl(target) and pipe.is_fifo()
+    evaluate.main(config(directory, questions, limit=1, out=str(tmp_path / "new" / "rows")))
+    assert len(data.read_jsonl(tmp_path / "new" / "rows")) == 1, "directories are made"
+
+
+def script(*words, **env):
+    """-> how a script ended that ran as a user runs it"""
+    root = pathlib.Path(evaluate.__file__).parent
+    return subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True,
+                          env=os.environ | dict(OMP_NUM_THREADS="1", **env))
+
+
+def test_out_to_the_terminal(directory, questions):
+    """--out /dev/stdout gives the rows, then the table; it ended with «cannot replace»."""
+    done = script("evaluate.py", "--model", str(directory), "--data", str(questions), "--device",
+                  "cpu", "--max-new-tokens", "2", "--limit", "2", "--out", "/dev/stdout")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["answer"] for line in lines[:2]] == ["0", "1"]
+    assert lines[2] == "all: 2 of 40 questions"
+
+
+@pytest.mark.parametrize("words", [["evaluate.py"], ["evaluate.py", "study"], ["sft.py"],
+                                   ["grpo.py"]])
+def test_help_on_an_ascii_terminal(words):
+    """--help ended with a UnicodeEncodeError where the terminal knows no more than ASCII."""
+    done = script(*words, "--help", PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONUTF8="0",
+                  PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0, done.stderr
+    assert "--device" in done.stdout and done.stdout.isascii()
 
 
 def test_greedy_does_not_depend_on_the_batch(directory):
@@ -451,9 +784,36 @@ def test_bad_options_are_named(capsys):
         with pytest.raises(SystemExit):
             evaluate.parse(evaluate.Config, words)
         assert f"unrecognized arguments: {words[0]} x" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, told", [
+    ("--limit 0", "--limit 0: expected 1 to 1000000000"),
+    ("--limit 1000000001", "--limit 1000000001: expected 1 to 1000000000"),
+    ("--limit -3", "--limit -3: expected 1 to 1000000000"),
+    ("--samples 0", "--samples 0: expected 1 to 1000000000"),
+    ("--seed 12345678901234567890", "--seed 12345678901234567890: expected 0 to 1000000000"),
+    ("--seed -1", "--seed -1: expected 0 to 1000000000"),
+    ("--temperature nan", "--temperature nan: expected 0 to 1000000000"),
+    ("--temperature inf", "--temperature inf: expected 0 to 1000000000"),
+    ("--temperature -0.5", "--temperature -0.5: expected 0 to 1000000000"),
+    ("--max-pixels 0", "--max-pixels 0: expected 1 to 1000000000"),
+    ("--limit 2.5", "invalid int value: '2.5'"), ("--answer-format xml", "choose from 'tags', 'boxed'"),
+    ("--device tpu", "invalid choice: 'tpu'")])
+def test_range_of_an_option_is_told(words, told, capsys):
+    """--temperature nan ran silently, --seed of 20 digits was a traceback: a line with option,
+    value and range."""
     with pytest.raises(SystemExit):
-        evaluate.parse(evaluate.Config, ["--limit", "0"])
-    assert "--limit 0: expected at least 1" in capsys.readouterr().err
+        evaluate.parse(evaluate.Config, words.split())
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_device_that_is_not_there(capsys):
+    """--device cuda without one was a traceback of torch."""
+    with pytest.raises(SystemExit):
+        evaluate.parse(evaluate.Config, ["--device", "cuda"])
+    assert "argument --device: invalid choice: 'cuda'" in capsys.readouterr().err
+    assert evaluate.parse(evaluate.Config, []).device == "cpu"
 
 
 def test_curve(tmp_path):

@@ -13,6 +13,7 @@ import data
 import evaluate
 import grpo
 import kernels
+import model as models
 import sft
 
 
@@ -47,6 +48,30 @@ def test_a_failing_grader_teaches_nothing():
     rewards = torch.tensor([[1.0, 0.0, float("nan"), 0.5], [float("nan")] * 4])
     advantage = grpo.group_advantages(rewards, "centred")
     assert advantage[0].tolist() == [0.5, -0.5, 0, 0] and (advantage[1] == 0).all()
+    one = torch.tensor([[1.0, float("nan"), float("nan"), float("nan")]])
+    assert not grpo.group_advantages(one, "group").any() and not grpo.group_advantages(
+        one, "rloo").any()
+
+
+@pytest.mark.parametrize("kind", ["group", "centred", "rloo"])
+def test_unknown_rewards_are_no_siblings(kind):
+    """Two of six rewards missing once stood there as the mean: they made the std smaller, and the
+    advantages of the others 1.29 times what they should be."""
+    known = torch.tensor([[1.0, 0.0, 0.3, 0.1]])
+    some = torch.tensor([[1.0, float("nan"), 0.0, 0.3, float("nan"), 0.1]])
+    advantage = grpo.group_advantages(some, kind)[0]
+    torch.testing.assert_close(advantage[[0, 2, 3, 5]], grpo.group_advantages(known, kind)[0])
+    assert not advantage[[1, 4]].any()
+
+
+@pytest.mark.parametrize("group", [2, 3, 6, 7, 12])
+@pytest.mark.parametrize("reward", [1.1, 0.1, -0.3, 1 / 3])
+def test_equal_rewards_give_exactly_nothing(reward, group):
+    """The mean of six times 1.1 is not 1.1: a rounding, divided by a std of 1e-4, is a signal, and
+    Muon makes of any signal a whole step."""
+    for kind in ("group", "centred", "rloo"):
+        assert not grpo.group_advantages(torch.full((1, group), reward), kind).any()
+
 
 
 def test_reward_parts():
@@ -54,7 +79,7 @@ def test_reward_parts():
     example, c = data.Example("x", "?", "5"), grpo.Config(overlong="penalty", max_new_tokens=48)
     parts = grpo.reward("<think>a</think><answer>5</answer>", 42, example, "tags", c)
     assert parts.pop("reward") == pytest.approx(0.6)
-    assert parts == dict(accuracy=1.0, format=1.0, overlong=-0.5)
+    assert parts == dict(accuracy=1.0, parsed=1.0, format=1.0, overlong=-0.5)
     assert grpo.reward("???", 10, example, "tags", c)["reward"] == 0
     assert grpo.reward("", 48, example, "tags", c)["overlong"] == -1
     boxed = grpo.reward("<think>a</think>\\boxed{5}", 42, example, "boxed", c)
@@ -108,9 +133,11 @@ def test_aggregation():
         return (loss * grpo.token_weights(mask, how, 5)).sum().item()
 
     assert total(mask, "sequence") == pytest.approx((4 + 2) / 2)
-    assert total(mask, "token") == 10 / 4 and total(mask, "constant") == 1.0
+    assert total(mask, "token") == 10 / 4 and total(mask, "constant") == pytest.approx(1.0)
     assert total(torch.zeros(2, 3), "sequence") == total(torch.zeros(2, 3), "token") == 0
-    assert total(torch.tensor([[0.0, 0, 0], [1, 1, 1]]), "sequence") == 2.0
+    assert total(torch.tensor([[0.0, 0, 0], [1, 1, 1]]), "sequence") == pytest.approx(2.0)
+    thirds = grpo.token_weights(torch.ones(1, 3, dtype=torch.bool), "sequence", 5)
+    assert (3 * thirds == 1).all() and thirds.dtype == torch.double, "also where the loss is fp64"
 
 
 def test_kl_estimators():
@@ -316,6 +343,56 @@ def test_a_grader_that_fails_once_is_counted(tmp_path, start, monkeypatch):
     assert 0 < figures["accuracy"] == figures["reward"] < 1
 
 
+def weights_of(run):
+    return torch.cat([p.detach().flatten() for p in run.model.parameters()])
+
+
+@pytest.mark.parametrize("more", [
+    dict(), dict(beta=0.0), dict(filter="drop"), dict(overlong="mask"), dict(minibatches=2),
+    dict(algorithm="dapo"), dict(lora_rank=2)])
+def test_a_step_without_a_signal_moves_nothing(tmp_path, start, monkeypatch, more):
+    """All rewards are equal, or no answer counts, or the grader fails. The gradient is 0, or that of
+    the KL alone; Muon scales any to a full step and goes on in its last direction where there is
+    none: 48 of 60 steps of a run once moved the model so."""
+    run, examples, prompts = run_of(start, tmp_path, **dict(lr=0.02) | more)
+    for weight in run.reference.parameters():        # elsewhere: the KL has a gradient
+        weight += 0.02
+    assert grpo.explore(run, 0, examples, prompts, None)["updates"] == run.config.minibatches
+    before = weights_of(run)
+    nobody = [replace(example, answer="none of these") for example in examples]
+    if run.config.overlong == "penalty":             # of DAPO, which tells long answers apart
+        run.config.overlong = "keep"
+    if run.config.overlong == "mask":                # no answer comes to its end: none counts
+        run.sampler.stop, nobody = -1, examples
+    figures = grpo.explore(run, 1, nobody, prompts, None)
+    assert figures["updates"] == 0 and figures["grad_norm"] == 0
+    monkeypatch.setattr(grpo, "grade", lambda *_: 1 / 0)
+    assert grpo.explore(run, 2, examples, prompts, None)["updates"] == 0
+    assert torch.equal(weights_of(run), before)
+    monkeypatch.undo()
+    run.sampler.stop = run.processor.stop
+    assert grpo.explore(run, 0, examples, prompts, None)["updates"] >= 1
+    assert not torch.equal(weights_of(run), before)
+
+
+@pytest.mark.parametrize("noise, told, stopped", [(0.0, False, False), (0.06, True, False),
+                                                  (0.5, True, True)])
+def test_gap_between_sampler_and_trainer(tmp_path, start, capsys, noise, told, stopped):
+    """A sampler of other weights draws from another policy than the one that learns; nothing said
+    so but a figure that nobody looks at."""
+    run, examples, prompts = run_of(start, tmp_path)
+    other = copy.deepcopy(run.model)
+    with torch.no_grad():
+        other.lm_head.weight *= 1 + noise * 10
+    run.sampler.model, run.sampler.refresh = other, lambda: None
+    try:
+        grpo.explore(run, 0, examples, prompts, None)
+        ended = False
+    except models.CheckpointError as error:
+        ended = "differ too much" in str(error)
+    assert ended == stopped and ("sampler and trainer differ" in capsys.readouterr().out) == told
+
+
 def test_truncated_answers_can_be_masked(tmp_path, start):
     run, examples, prompts = run_of(start, tmp_path, overlong="mask")
     experience, figures = grpo.rollout(run, 0, examples, prompts)
@@ -366,7 +443,7 @@ def test_rollouts_are_of_the_trained_model(tmp_path, start):
 def coin(response, example, *_):
     """A verdict that nobody can foresee, so that groups differ."""
     right = zlib.crc32(f"{example.id} {response}".encode()) % 2 == 1
-    return types.SimpleNamespace(correct=right, formatted=False)
+    return types.SimpleNamespace(correct=right, parsed=True, formatted=False)
 
 
 @pytest.mark.parametrize("more", [dict(beta=0.0, log_kl=True), dict(lora_rank=4), dict(beta=0.01)])
@@ -392,7 +469,7 @@ def test_reference_is_made_where_it_is_used(tmp_path, start, monkeypatch):
 def test_reward_rises(tmp_path, start, monkeypatch):
     """The loop explores: in fifteen steps the kind of answer that is rewarded is the usual one."""
     monkeypatch.setattr(grpo, "grade", lambda response, *_: types.SimpleNamespace(
-        correct="e" in response, formatted=False))
+        correct="e" in response, parsed=True, formatted=False))
     rows = train(start, tmp_path, steps=15, prompts=8, group=8, max_new_tokens=3, lr=3e-2,
                  warmup=0, save_every=99, eval_examples=1)
     rewards = [row["reward"] for row in rows if "reward" in row]

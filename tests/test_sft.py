@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data
 import evaluate
@@ -104,15 +105,129 @@ def test_a_second_run_does_not_overwrite_the_first(tmp_path, start):
     again = run(command("sft.py", tmp_path, start, "--steps", "1"))
     assert again.returncode and "already holds a run" in again.stderr
     other = run(command("sft.py", tmp_path, start, "--steps", "1", "--resume", "--lr", "5"))
-    assert other.returncode and "--lr: the run in" in other.stderr
+    assert other.returncode and "--lr was 0.003 in" in other.stderr
     thrifty = run(command("sft.py", tmp_path, start, "--steps", "1", "--resume", "--recompute",
                           "--micro-batch", "2"))
     assert thrifty.returncode == 0, "what cures a lack of memory may change on resume"
 
 
+def one_line(*arguments):
+    """What a command that ends with an error says, without the progress bar; no traceback."""
+    done = run(command(*arguments))
+    assert done.returncode and "Traceback" not in done.stderr, done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def test_a_longer_run_is_the_same_run(tmp_path, start):
+    """A finished run could not go on. GRPO's learning rate does not know the last step: two steps
+    and two more are four. SFT's falls until the last step: more of it would be another run."""
+    outs, common = [tmp_path / name for name in "ab"], ["--save-every", "2"]
+    assert run(command("grpo.py", outs[0], start, *common, "--steps", "4")).returncode == 0
+    for more in (["--steps", "2"], ["--steps", "4", "--resume"]):
+        done = run(command("grpo.py", outs[1], start, *common, *more))
+        assert done.returncode == 0, done.stderr
+    whole, parts = (load_file(out / "training" / "state.safetensors") for out in outs)
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert [row["reward"] for row in metrics(outs[0]) if "reward" in row] == [
+        row["reward"] for row in metrics(outs[1]) if "reward" in row]
+    assert run(command("sft.py", tmp_path / "c", start, "--steps", "2")).returncode == 0
+    said = one_line("sft.py", tmp_path / "c", start, "--steps", "4", "--resume")
+    assert "--steps was 2" in said and "another schedule" in said
+
+
+def test_what_a_run_started_from_may_not_change(tmp_path, start):
+    """Resumed on an edited file, or against another model at the same path, a run goes on as if
+    nothing had happened: the order of its examples and its KL are those of something else."""
+    rows = [dict(question=f"{i} + 1?", answer=i + 1) for i in range(30)]
+    own, init = tmp_path / "own.jsonl", tmp_path / "init"
+    write_rows(own, rows)
+    shutil.copytree(start, init)
+    common = ["--data", str(own), "--steps", "1"]
+    assert run(command("grpo.py", tmp_path / "out", init, *common)).returncode == 0
+    write_rows(own, rows[::-1])
+    said = one_line("grpo.py", tmp_path / "out", init, *common, "--resume")
+    assert "--data-rows was" in said
+    write_rows(own, rows)
+    weights = load_file(init / "model.safetensors")
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, init / "model.safetensors", {"format": "pt"})
+    said = one_line("grpo.py", tmp_path / "out", init, *common, "--resume")
+    assert "--init-weights was" in said
+    shutil.rmtree(init)
+    assert "config.json is missing" in one_line("grpo.py", tmp_path / "out", init, *common,
+                                                "--resume")
+
+
+def test_init_is_not_overwritten(tmp_path, start):
+    """--out at --init trained over the model that it had started from, without a word."""
+    init = tmp_path / "init"
+    shutil.copytree(start, init)
+    before = (init / "model.safetensors").read_bytes()
+    assert "is --init" in one_line("sft.py", f"{init}/../init", init)
+    assert (init / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("training/state.safetensors", b"damaged", "state.safetensors cannot be read"),
+    ("run.json", b"{", "run.json cannot be read"), ("run.json", b"[]", "run.json cannot be read"),
+    ("metrics.jsonl", None, "metrics.jsonl")])
+def test_a_damaged_run_is_one_line(tmp_path, start, name, content, words):
+    assert run(command("sft.py", tmp_path, start, "--steps", "1")).returncode == 0
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(content) if content else (tmp_path / name).mkdir()
+    assert words in one_line("sft.py", tmp_path, start, "--steps", "1", "--resume")
+
+
+def test_damaged_lines_of_metrics_are_left_out(tmp_path, start):
+    assert run(command("grpo.py", tmp_path, start, "--steps", "2")).returncode == 0
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'[1]\n"step"\n\xff\n{"step": 2, "reward": 0.5')
+    done = run(command("grpo.py", tmp_path, start, "--steps", "3", "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in metrics(tmp_path)] == [0, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("where", ["model.safetensors", "prompt.json"])
+def test_what_fails_at_the_first_save_fails_before_the_first_step(tmp_path, start, where):
+    """A dtype that torch does not know, a directory in the way: fifty steps later they were lost."""
+    (tmp_path / where).mkdir()
+    (tmp_path / where / "in the way").touch()
+    assert where in one_line("sft.py", tmp_path, start)
+    assert not [row for row in metrics(tmp_path) if row["step"]]
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--lr", "0"], "--lr 0.0: expected 1e-09 to"), (["--lr", "-1"], "--lr -1.0: expected"),
+    (["--lr", "nan"], "--lr nan: expected"), (["--lr", "inf"], "--lr inf: expected"),
+    (["--seed", "9" * 20], f"--seed {'9' * 20}: expected 0 to"), (["--seed", "-1"], "--seed -1"),
+    (["--lora-alpha", "0"], "--lora-alpha 0.0: expected"), (["--steps", "0"], "--steps 0: expected"),
+    (["--batch", "0"], "--batch 0: expected 1 to"), (["--warmup", "-1"], "--warmup -1: expected 0"),
+    (["--device", "gpu"], "--device: invalid choice: 'gpu'"),
+    pytest.param(["--device", "cuda"], "--device: invalid choice: 'cuda'", marks=pytest.mark.skipif(
+        torch.cuda.is_available(), reason="there is a GPU"))])
+def test_an_option_out_of_range_is_named(capsys, options, words):
+    """--lr 0 trained at 0.003, --lora-alpha 0 trained nothing; others were tracebacks."""
+    with pytest.raises(SystemExit):
+        evaluate.parse(sft.Config, options)
+    assert words in capsys.readouterr().err
+
+
+def test_a_gradient_of_zero_moves_nothing(tmp_path, start):
+    """Muon goes on along its momentum, by a whole step, where the gradient is 0."""
+    run = run_of(start, tmp_path)
+    prepared = run.processor.prepare(list(data.World("train", size=8)))
+    assert sft.imitate(run, 0, *prepared)["updates"] == 1
+    before = [p.clone() for p in run.model.parameters()]
+    run.zero_grad()
+    for p in run.model.parameters():
+        p.grad = torch.zeros_like(p)
+    assert run.optimizer_step(1.0, []) == 0
+    assert all(map(torch.equal, before, run.model.parameters()))
+
+
 def test_a_loss_that_is_not_a_number_stops(tmp_path, start):
     """It names the step and the batch, and the last checkpoint stays as it was."""
-    done = run(command("sft.py", tmp_path, start, "--lr", "1e30", "--warmup", "0"))
+    done = run(command("sft.py", tmp_path, start, "--lr", "1e9", "--warmup", "0"))
     assert done.returncode and "not finite" in done.stderr and "batch: train/" in done.stderr
     model, _ = models.load_checkpoint(tmp_path)
     assert all(p.isfinite().all() for p in model.parameters())
@@ -157,6 +272,21 @@ def test_data_order():
     assert sorted(sft.batch_indices(3, 8, 5, 0)) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("count, batch", [(127, 64), (65, 64), (64, 64), (3, 8), (1, 1), (7, 2)])
+def test_every_example_is_seen_in_every_epoch(count, batch):
+    """Each epoch dropped its last part: of 127 rows, 64 at a time, one epoch saw 64."""
+    steps = -(-count // batch)
+    for epoch in range(2):
+        seen = [sft.batch_indices(count, batch, epoch * steps + step, 0) for step in range(steps)]
+        assert sorted(sum(seen, [])) == list(range(count)) and max(map(len, seen)) <= batch
+
+
+def test_epochs_are_steps(tmp_path, start):
+    sft.main(sft.Config(init=str(start), out=str(tmp_path), device="cpu", batch=8, examples=17,
+                        epochs=2, eval_examples=1))
+    assert [row["step"] for row in metrics(tmp_path) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
 def test_optimizers_share_the_parameters():
     """Every parameter in exactly one of Muon and AdamW; only matrices of layers in Muon."""
     model, _ = models.fresh("s", [data.base_example(i) for i in range(50)], 0)
@@ -186,17 +316,40 @@ def test_traces_of_a_file_are_its_own(tmp_path):
 
 
 def test_file_of_rollouts_as_traces(tmp_path, start):
-    """Rejection sampling is: write rollouts, train on the right ones."""
-    rows = [dict(id=f"train/{i}", response=f"<answer>{i}</answer>", correct=i % 2 == 0)
-            for i in range(6)]
-    path = tmp_path / "rollouts.jsonl"
+    """Rejection sampling is: write rollouts, train on the right ones. Of one's own file it was not
+    possible, though README said so; its rows may all have one id."""
+    own, path = tmp_path / "own.jsonl", tmp_path / "rollouts.jsonl"
+    write_rows(own, [dict(id="same", question=f"{i} + 0?", answer=i) for i in range(40)])
+    for source in ("world", str(own)):
+        c = sft.Config(data=source, traces=str(path))
+        asked = evaluate.load_examples(c, "train")
+        rows = [dict(index=i, prompt=asked[i].question, response=f"<answer>{i}</answer>",
+                     correct=i % 2 == 0) for i in range(6)]
+        write_rows(path, rows)
+        traces = sft.training_examples(c)
+        assert [one.response for one in traces] == [f"<answer>{i}</answer>" for i in (0, 2, 4)]
+        assert [one.question for one in traces] == [asked[i].question for i in (0, 2, 4)]
+        write_rows(path, rows[1:2])
+        with pytest.raises(data.DataError, match="no right answer"):
+            sft.training_examples(c)
+
+
+def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    right = [f"<answer>{i}</answer>" for i in (0, 2, 4)]
-    c = sft.Config(traces=str(path))
-    assert [example.response for example in sft.training_examples(c)] == right
-    path.write_text(json.dumps(rows[1]))
-    with pytest.raises(data.DataError, match="no right answer"):
-        sft.training_examples(c)
+
+
+@pytest.mark.parametrize("row", [
+    dict(prompt="another question"), dict(index=39), dict(index=None), dict(response=5),
+    dict(index="1"), "text", None])
+def test_traces_of_something_else_are_one_line(tmp_path, row):
+    """A damaged file, rollouts of val or of another file: once a traceback, or, worse, answers to
+    other questions. 40 rows of one's own are 38 of train and 2 of val."""
+    own, path = tmp_path / "own.jsonl", tmp_path / "rollouts.jsonl"
+    write_rows(own, [dict(question=f"{i} + 0?", answer=i) for i in range(40)])
+    good = dict(index=1, prompt="1 + 0?", response="<answer>1</answer>", correct=True)
+    write_rows(path, [good, good | row if isinstance(row, dict) else row])
+    with pytest.raises(data.DataError, match=r"rollouts\.jsonl:2"):
+        sft.training_examples(sft.Config(data=str(own), traces=str(path)))
 
 
 def test_learns_by_heart(tmp_path, start):
