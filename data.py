@@ -629,8 +629,7 @@ class Processor:
 
     def __init__(self, tokenizer, tile, image_tokens, prompt=None, files=None):
         self.tokenizer, self.tile, self.image_tokens = tokenizer, tile, image_tokens
-        self.style = PROMPT | (prompt or {})
-        self.files = files or {}
+        self.style, self.files = PROMPT | (prompt or {}), files or {}
         self.stop, self.image, pad = map(tokenizer.token_to_id, (self.STOP, self.IMAGE, self.PAD))
         self.pad = 2 if pad is None else pad
         self.longest_edge = self.style["longest_edge"] or self.EDGE or tile

@@ -42,19 +42,19 @@ FORMATS = {"tags": re.compile(r"<think>(.+?)</think>\s*<answer>(.+?)</answer>", 
 MAX_ANSWER = 400        # characters; a longer answer is wrong, a longer text no number
 MAX_DEPTH = 100         # of a formula's syntax tree; the answers of Geometry3K reach 16
 LARGEST = 10 ** 100     # a larger number is only a text, equal where it is written equally
-SIGNS = str.maketrans("−–≈×·⋅÷∘º“”‘’", "--=***/°°\"\"''")
+SIGNS = str.maketrans("−–≈×·⋅÷⁄∘º“”‘’′", "--=***//°°\"\"'''")
 SIGNS |= {ord("√"): "sqrt", ord("∛"): "cbrt", ord("π"): "pi"}
 LATEX = dict(times="*", cdot="*", div="/", circ="°", degree="°", pi="pi", approx="=", pm="±",
-             le="≤", leq="≤", ge="≥", geq="≥", ne="≠", infty="∞", angle="∠", perp="⊥")
+             le="≤", leq="≤", ge="≥", geq="≥", ne="≠", neq="≠", infty="∞", angle="∠", perp="⊥")
 # A rule: a pattern, what replaces it, an example, and how that reads then (a test of each rule).
 # First, of every text: LaTeX becomes plain signs, and what means nothing goes.
 PLAIN = [(re.compile(pattern), *rest) for pattern, *rest in (
     (r"[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", "2¹⁰", "2^{10}"),
-    (r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", "6½", "6 1⁄2"),
+    (r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", "6½", "6 1/2"),
     (r"\\([a-z]+)", lambda found: LATEX.get(found[1], found[0]), r"x\perp y", "x⊥ y"),
     (r"(?<=\d)(?:\\,|\{,\}|,\\!)(?=\d{3})", ",", r"1\,234", "1,234"),
     (r"\\(?:text|math)[a-z]* ?\{([^{}]*)\}", r"\1", r"\text{Yes}", "yes"),
-    (r"^\\?([$€£]) ?([\d.,]+)$", r"\2 \1", "€ 5.50", "5.50 €"),
+    (r"^\\?([$€£]) ?([\d.,]+)$|^\$([^$]+)\$$", r"\2\3 \1", "€ 5.50", "5.50 €"),
     (r"\\(?:left|right|[!,;:()\[\] ])|(?<!\d )\\?\$|~", " ", r"$\left(5\,cm\right)$", "(5 cm )"),
     (r"\\(?=[{}%])", "", r"\{5\%\}", "{5%}"),
     (r"(?<!\w)\*\*([^*]+)\*\*(?!\w)", r"\1", "it is **B**", "it is b"),
@@ -63,11 +63,11 @@ PLAIN = [(re.compile(pattern), *rest) for pattern, *rest in (
     (r"\\[dt]?(?=frac|sqrt|a?(?:sin|cos|tan))", "", r"\dfrac{1}{2}", "frac{1}{2}"),
     (r"\^ ?\{(\w)\}", r"^\1", "5 cm^{2}", "5 cm^2"),
     (r"(?<![a-z])(?:square|sq\.?) +([a-z]+)", r"\1^2", "6 square cm", "6 cm^2"),
+    (r"(?<![a-z])cubic +([a-z]+)", r"\1^3", "6 cubic cm", "6 cm^3"),
     (r"(?<=[A-Za-z]{2})!+ *$", "", "Yes!", "yes"))]
 # Then, of what may be a number: it becomes Python's notation, but for the braces.
 FORMULA = [(re.compile(pattern), *rest) for pattern, *rest in (
     (r"(?<=\d),(?=\d{3}(?!\d))", "", "1,234,567", "1234567"),
-    (r"⁄", "/", "1⁄2", "1/2"),
     (r"(?<=\d) ?x ?(?=10\^)", "*", "1.2 x 10^3", "1.2*10^3"),
     (r"(?<![\d.])0+(?=\d)", "", "007", "7"),
     (r"sqrt ?\[3\]", "cbrt", "sqrt[3]{8}", "cbrt{8}"),
@@ -86,21 +86,21 @@ OPERATIONS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.P
               "sin": math.sin, "cos": math.cos, "tan": math.tan, "asin": math.asin,
               "acos": math.acos, "atan": math.atan}
 UNITS = {spelling: spellings.split()[0] for spellings in (
-    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer",
-    "″ \" '' in inch inche", "′ ' ft foot feet", "yd yard", "mi mile", "° degree deg", "% percent",
-    "mg milligram", "g gram", "kg kilogram", "lb pound", "l liter litre", "s sec second",
-    "min minute", "h hr hour", "day", "year", "m/s", "km/h kph", "mph", "unit", "$ dollar usd",
-    "€ euro", "£ gbp") for spelling in spellings.split()}
+    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "mi mile", "unit",
+    "km kilometer kilometre", "\" '' in inch inche", "' ft foot feet", "yd yard", "° degree deg",
+    "% percent", "mg milligram", "g gram", "kg kilogram", "lb pound", "l liter litre",
+    "ml milliliter", "s sec second", "min minute", "h hr hour", "day", "year", "m/s", "km/h kph",
+    "mph", "$ dollar usd", "€ euro", "£ gbp") for spelling in spellings.split()}
 UNIT = re.compile(rf"(.*?) ?(?:({'|'.join(map(re.escape, UNITS))})s?(\^[23])?)?", re.S)   # cm, ^2
-ROUNDED = re.compile(r"(?<!measured to the )(?<!given to the )nearest (tenth|hundredth|thousandth|"
-                     r"whole|integer|degree|unit|\w*meter|inch|foot|yard|mile)|"
-                     r"\b(one|two|three) decimal", re.I)
-DECIMALS = {"tenth": 1, "hundredth": 2, "thousandth": 3, "one": 1, "two": 2, "three": 3}
+ROUNDED = re.compile(r"(?:measured|given|shown|reads|are rounded|were rounded) to the nearest|"
+                     r"nearest (tenth|hundredth|thousandth|whole|integer|degree|unit|\w*meter|"
+                     r"inch|foot|yard|mile)|\b(one|two|three|[123]) decimal", re.I)
+DECIMALS = dict(zip("tenth hundredth thousandth one two three 1 2 3".split(), [1, 2, 3] * 3))
 NAMED = re.compile(r"(?:([{}∠a-z][{}∠a-z ]{,22}\d?)? ?= ?)?(.*)", re.S)      # m∠1 = 5: m∠1, 5
 CHOICE = re.compile(r"(?:(?:the )?(?:final |correct )?(?:answer|option|choice)(?: is)?:? )?"
                     r"(?:[(\[{]?([a-z])(?:[\])}.: ]+|$))?(.*)")      # the answer is (C) 4: C, 4
 BOX = re.compile(r"\[" + ",".join([r"\s*(-?\d+(?:\.\d+)?)\s*"] * 4) + r"\]")
-BOX_2D = re.compile(r"(?:```json)?\s*\[?\{\s*\"bbox_2d\":\s*(\[[^]]*\])[^]\[]*\}\]?\s*(?:```)?")
+BOX_2D = re.compile(r"(?:`*json)?\s*\[?\{\s*\"bbox_2d\":\s*(\[[^]]*\])[^]\[]*\}\]?\s*(?:```)?")
 
 
 def rewrite(text, rules):
@@ -113,7 +113,7 @@ def rewrite(text, rules):
 def clean(text):
     """The answer in a text in one plain spelling, without LaTeX, case, quotes, end marks."""
     text = rewrite(data.extract_answer(text).translate(SIGNS), PLAIN)
-    text = unicodedata.normalize("NFKC", " ".join(text.split()))    # earlier, 2³ would become 23
+    text = unicodedata.normalize("NFKC", " ".join(text.split())).translate(SIGNS)   # or 2³: 23
     text = re.sub(r"^([\"'`*]+)(.*)\1$", r"\2", text.casefold().rstrip(" .,:;?"))
     return text.rstrip(" .,:;?")
 
@@ -187,9 +187,9 @@ def same_number(answer, gold, question=""):
         return False
     scale = {("%", ""): Fraction(1, 100), ("", "%"): 100}.get((unit, wanted_unit), 1)
     readings = [given, given * scale]                   # 50% may be meant as 50 or as 1/2
-    asked = ROUNDED.search(question)
+    asked = ["".join(found).lower() for found in ROUNDED.findall(question) if any(found)]
     if asked:
-        decimals = DECIMALS.get((asked[1] or asked[2]).lower(), 0)
+        decimals = DECIMALS.get(asked[0], 0)
         return rounded(wanted, decimals) in [rounded(each, decimals) for each in readings]
     return any(abs(each - wanted) <= tolerance(each, wanted, gold) for each in readings)
 
@@ -214,7 +214,7 @@ def same(answer, gold, question="", box=False):
     """Whether two clean texts say the same: as a number, a box, a letter, or a text."""
     name, answer = NAMED.fullmatch(answer).groups()
     wanted_name, gold = NAMED.fullmatch(gold).groups()
-    if None not in (name, wanted_name) and name != wanted_name:     # x = 3 is not y = 3
+    if name and wanted_name and name.replace(" ", "") != wanted_name.replace(" ", ""):
         return False
     if number(gold) or box:
         return same_box(answer, gold) if box else same_number(answer, gold, question)
@@ -231,7 +231,7 @@ def chosen(text, choices):
     letter, rest = CHOICE.fullmatch(NAMED.fullmatch(text)[2]).groups()
     meant = [place for place in range(len(choices)) if letter in (None, chr(ord("a") + place))]
     if rest or letter is None:
-        meant = [place for place in meant if same(rest, choices[place])]
+        meant = [i for i in meant if same(NAMED.fullmatch(text)[1] and text or rest, choices[i])]
     return meant[0] if len(meant) == 1 else None
 
 
@@ -249,8 +249,8 @@ def judge(answer, example):
     box = example.box or re.search("bounding.?box|bbox", question, re.I)
     if answer == gold != "" or same(answer, gold, question, box):
         return True
-    kind = BOX.fullmatch if box else number if number(gold) else bool
-    return False if kind(answer) else None
+    kind = BOX.fullmatch if box else number if number(NAMED.fullmatch(gold)[2]) else bool
+    return False if kind(BOX_2D.sub(r"\1", NAMED.fullmatch(answer)[2])) else None
 
 
 def is_right(answer, gold, choices=None, question="", box=False):

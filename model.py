@@ -57,8 +57,8 @@ SIGLIP = dict(intermediate_size=3072, num_hidden_layers=12, layer_norm_eps=1e-6,
     num_attention_heads=16, image_size=224, patch_size=32, hidden_act="gelu_pytorch_tanh")
 LLAMA = dict(num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-6, rope_theta=1e4,
              attention_bias=False)
-QWEN2 = dict(rms_norm_eps=1e-6, rope_theta=1e6, attention_bias=True)
-QWEN_VIT = dict(depth=32, num_heads=16, patch_size=14)
+QWEN2 = dict(rms_norm_eps=1e-5, rope_theta=1e6, attention_bias=True, mrope_section=(16, 24, 24))
+QWEN_VIT = dict(depth=32, num_heads=16, patch_size=14, rope_theta=1e4)
 DEFAULTS = {        # model_type: what hub files leave out of vision_config and of text_config
     "idefics3": (SIGLIP, LLAMA), "smolvlm": (SIGLIP, LLAMA),
     "qwen2_vl": (QWEN_VIT | dict(embed_dim=1280, mlp_ratio=4, window_size=None,
@@ -77,12 +77,12 @@ def read_config(raw):
         raise CheckpointError(f"model_type {kind!r}, not {', '.join(DEFAULTS)}")
     vision, text = DEFAULTS[kind]
     given = raw.get("text_config", raw)              # Qwen's on the hub are flat
-    rope = (given.get("rope_scaling") or {}) | (given.get("rope_parameters") or {})
+    rope = dict(given.get("rope_scaling") or given.get("rope_parameters") or {})
     rope.setdefault("rope_type", rope.get("type", "default").replace("mrope", "default"))
     text = text | raw | given | rope
     text.setdefault("num_key_value_heads", text["num_attention_heads"])
     text["head_dim"] = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    vision = vision | raw["vision_config"]
+    vision = vision | raw["vision_config"] | (raw["vision_config"].get("rope_parameters") or {})
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise CheckpointError(f"dtype {dtype!r}, not float32, bfloat16 or float16")
@@ -260,7 +260,7 @@ class QwenVision(nn.Module):
         self.merger = nn.ModuleDict(dict(ln_q=norm(D, eps=1e-6), mlp=nn.Sequential(
             nn.Linear(4 * D, 4 * D), nn.GELU(), nn.Linear(4 * D, out))))
         half = D // c.num_heads // 2                         # of a head turns with the row
-        self.rope = Rope(1e4, half, [0] * (half // 2) + [1] * (half // 2), repeat=2)
+        self.rope = Rope(c.rope_theta, half, [0] * (half // 2) + [1] * (half // 2), repeat=2)
 
     def forward(self, pixels, grids):
         """pixels (P, 3 * 2 * 14 * 14), blocks of 2x2 patches; grids (N, 2) -> (P / 4, out)"""
@@ -621,7 +621,7 @@ def read_tokenizer(path):
     tokenizer.no_padding()
     config = read_file(read_json, path.with_name("tokenizer_config.json"), {})
     added = read_file(read_json, path.with_name("added_tokens.json"), {})
-    tokens = {place: dict(content=token, special=True) for token, place in added.items()}
+    tokens = {place: dict(content=word, special=False) for word, place in added.items()}
     tokens |= {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
     for place, token in sorted(tokens.items()):
         tokenizer.add_tokens([AddedToken(**token)])
@@ -644,10 +644,12 @@ def load_weights(model, directory, dtype):
     ours, tensors = {hub_name(name): name for name in model.state_dict()}, {}
     for shard in shards:
         for name, tensor in read_file(load_file, directory / shard).items():
-            if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            if not (tensor.is_floating_point() and tensor.itemsize > 1 and tensor.isfinite().all()):
                 raise CheckpointError(f"{directory / shard}: {name} holds no finite numbers")
             tensors[ours.get(hub_name(name), name)] = tensor.to(dtype)
-    if model.config.tied:            # the file may hold the head or not
+    heads = [tensors[name] for name in tensors if re.search("lm_head|embed_tokens", name)]
+    model.config.tied = model.config.tied and (len(heads) < 2 or torch.equal(*heads))
+    if model.config.tied:            # else a head of its own counts, as in transformers
         tensors["lm_head.weight"] = model.lm_head.weight
     try:
         model.load_state_dict(tensors, assign=True)

@@ -135,8 +135,7 @@ def read_traces(path, examples):
 
 def main(c):
     c.out = c.out or f"runs/{c.stage}"
-    if c.stage == "base" and c.data == "world":
-        c.steps = c.steps or 2000
+    c.steps = c.steps or (2000 if c.stage == "base" and c.data == "world" else None)
     examples = training_examples(c)
     c.steps = c.steps or c.epochs * math.ceil(len(examples) / c.batch)
     if c.stage == "base" or c.init is None and c.data != "world":
@@ -219,8 +218,8 @@ def batch_indices(count, batch, step, seed):
 def checksum(name):
     """Of a file, or of the weights in a directory; [] of anything else."""
     path = pathlib.Path(name or "world")
-    files = sorted(path.glob("*.safetensors")) or [path] * path.is_file()
-    return [hashlib.file_digest(open(file, "rb"), "sha256").hexdigest() for file in files]
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return [hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in files]
 
 
 class Run:

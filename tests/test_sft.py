@@ -189,7 +189,7 @@ def test_damaged_lines_of_metrics_are_left_out(tmp_path, start):
 
 @pytest.mark.parametrize("where", ["model.safetensors", "prompt.json"])
 def test_what_fails_at_the_first_save_fails_before_the_first_step(tmp_path, start, where):
-    """A dtype that torch does not know, a directory in the way: fifty steps later they were lost."""
+    """A dtype unknown to torch, a directory in the way: fifty steps later all were lost."""
     (tmp_path / where).mkdir()
     (tmp_path / where / "in the way").touch()
     assert where in one_line("sft.py", tmp_path, start)
