@@ -371,9 +371,9 @@ def field_of(convert, row, part, *more):
     return values[0] if values else None
 
 
-def as_text(text, type="text"):
+def as_text(text, type="text"):      # or the fields of a part of a chat's message
     """text"""
-    return str.encode(text).decode()        # fails for half a character, which only JSON can hold
+    return str.encode(text).decode()         # fails for half a character, which only JSON can hold
 
 
 def as_answer(value):
@@ -400,7 +400,8 @@ def as_chat(messages):
 
 
 def as_message(role, content=""):
-    """A text, or parts that are texts and pictures -> text, a picture as `<image>`."""
+    """A message whose content is a text, or parts that are texts and pictures -> text, a picture as
+    `<image>`. Its fields are arguments: another one, which nobody would read, is a TypeError."""
     parts = [dict(text=content)] if isinstance(content, str) else map(full, content)
     return "".join(IMAGE if one == dict(type="image") else as_text(**one) for one in parts)
 

@@ -246,8 +246,7 @@ def main(c):
     reference = None
     if c.beta or c.log_kl:           # with LoRA the model itself, without its adapters
         reference = model if c.lora_rank else copy.deepcopy(model).requires_grad_(False)
-    limit = c.examples if c.data == "world" else None
-    examples = load_examples(c, "train", limit)
+    examples = load_examples(c, "train", c.examples if c.data == "world" else None)
     run = Run(c, model, processor, decay=False, reference=reference)
     run.train(examples, c.prompts, explore)
 

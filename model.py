@@ -624,7 +624,8 @@ def read_tokenizer(path):
     tokens = {place: dict(content=word, special=False) for word, place in added.items()}
     tokens |= {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
     for place, token in sorted(tokens.items()):
-        tokenizer.add_tokens([AddedToken(**token)])
+        if place not in tokenizer.get_added_tokens_decoder():
+            tokenizer.add_tokens([AddedToken(**token)])
         if tokenizer.token_to_id(token["content"]) != place:
             raise ValueError(f"{token['content']} is not token {place}, as files beside it say")
     return tokenizer

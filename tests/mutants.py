@@ -200,7 +200,7 @@ FAULTS = [
           "model.load_state_dict(tensors, assign=True)",
           "model.load_state_dict(tensors, assign=True, strict=False)"),
     Fault("model.py", "tokens of other files are not read",
-          "        tokenizer.add_tokens([AddedToken(**token)])\n", "        continue\n"),
+          "tokenizer.add_tokens([AddedToken(**token)])", "pass"),
     Fault("model.py", "old shards stay beside new weights",
           "            old.unlink()", "            pass"),
     Fault("model.py", "another arithmetic loads",
