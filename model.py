@@ -586,9 +586,9 @@ def save_checkpoint(model, processor, directory):
         write_file(directory / name, text)
     write_file(directory / "model.safetensors", {
         name: tensor.to("cpu", model.config.dtype) for name, tensor in hub_state(model).items()})
-    for old in [*directory.glob("model*.safetensors*"), *directory.glob("pytorch_model*")]:
-        if old.name != "model.safetensors":          # shards, and the index that speaks of them
-            old.unlink()
+    stale = ("model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*")
+    for old in [path for pattern in stale for path in directory.glob(pattern)]:
+        old.unlink()                 # or other programs would read them
     if model.adapter:
         write_file(directory / "adapter" / "adapter_config.json", json.dumps(model.adapter))
         write_file(directory / "adapter" / "adapter_model.safetensors", {
@@ -621,11 +621,10 @@ def read_tokenizer(path):
     tokenizer.no_padding()
     config = read_file(read_json, path.with_name("tokenizer_config.json"), {})
     added = read_file(read_json, path.with_name("added_tokens.json"), {})
-    tokens = {place: dict(content=word, special=False) for word, place in added.items()}
+    tokens = {i: dict(content=w) for w, i in added.items() if tokenizer.token_to_id(w) != i}
     tokens |= {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
     for place, token in sorted(tokens.items()):
-        if place not in tokenizer.get_added_tokens_decoder():
-            tokenizer.add_tokens([AddedToken(**token)])
+        tokenizer.add_tokens([AddedToken(**token)])
         if tokenizer.token_to_id(token["content"]) != place:
             raise ValueError(f"{token['content']} is not token {place}, as files beside it say")
     return tokenizer

@@ -2,7 +2,7 @@
 
 A test that cannot fail is worse than none. Each fault is a line of the six modules and a wrong one
 in its place; it is put into a copy of the repository, and the tests of that file run there until
-one fails. All of them take about twenty minutes on two cores; `--only WORD` takes those
+one fails. All of them take about half an hour on two cores; `--only WORD` takes those
 whose file or description has the word. tests/test_mutants.py runs those of `rollout` and `explore`.
 """
 import argparse
@@ -148,7 +148,8 @@ FAULTS = [
     Fault("sft.py", "traces of other questions",
           'if example.question != row["prompt"]:', "if False:", "tests/test_sft.py -k traces"),
     Fault("sft.py", "an epoch drops its last part",
-          "divmod(step, math.ceil(count / batch))", "divmod(step, max(1, count // batch))", LOOP),
+          "divmod(step, math.ceil(count / batch))", "divmod(step, max(1, count // batch))",
+          "tests/test_sft.py -k epoch"),
     Fault("sft.py", "a gradient of zero is a step",
           "        if norm == 0:", "        if False:", "tests/test_sft.py -k zero"),
     Fault("sft.py", "a run may start over the model that it came from",
@@ -202,7 +203,7 @@ FAULTS = [
     Fault("model.py", "tokens of other files are not read",
           "tokenizer.add_tokens([AddedToken(**token)])", "pass"),
     Fault("model.py", "old shards stay beside new weights",
-          "            old.unlink()", "            pass"),
+          "        old.unlink()", "        pass"),
     Fault("model.py", "another arithmetic loads",
           "        if part.get(key, only) != only:", "        if False:"),
     Fault("model.py", "weights that are not finite load",

@@ -395,7 +395,7 @@ def test_bounds(text):
     begin = time.process_time()
     assert evaluate.number(text) is None
     assert evaluate.number(evaluate.clean(text)) is None or text in ("5,", "5**")
-    assert time.process_time() - begin < 0.1
+    assert time.process_time() - begin < 1
     assert evaluate.is_right(text, "5") in (True, False)
 
 

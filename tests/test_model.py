@@ -648,6 +648,26 @@ def test_tokens_that_are_listed_twice_keep_their_kind(checkpoint, tmp_path):
                for word, token in stored.items())
 
 
+@pytest.mark.parametrize("flags", [dict(lstrip=False), dict(lstrip=True), dict(special=True),
+                                   dict(lstrip=True, rstrip=True)], ids=str)
+def test_the_kind_of_a_token_is_that_of_tokenizer_config(checkpoint, flags):
+    """Where both files have a token, transformers takes the spaces around it and whether it is
+    special from added_tokens_decoder: read otherwise, the same text has other ids."""
+    transformers = pytest.importorskip("transformers")
+    directory, _ = checkpoint("qwen2_vl")
+    place = next(token["id"] for token in read(directory / "tokenizer.json")["added_tokens"]
+                 if token["content"] == "<answer>")
+    token = dict(content="<answer>", lstrip=False, rstrip=False, normalized=False,
+                 single_word=False, special=False) | flags
+    (directory / "tokenizer_config.json").write_text(json.dumps(dict(
+        tokenizer_class="PreTrainedTokenizerFast", added_tokens_decoder={place: token})))
+    _, processor = models.load_checkpoint(directory)
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    assert processor.encode("So <answer> 3") == theirs("So <answer> 3")["input_ids"]
+    own = processor.tokenizer.get_added_tokens_decoder()[place]
+    assert own.special == theirs.added_tokens_decoder[place].special == token["special"]
+
+
 @BESIDE
 @pytest.mark.parametrize("shift", [-3, 1, 3])
 def test_a_token_with_another_id_is_an_error(checkpoint, where, shift):
