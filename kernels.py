@@ -10,6 +10,7 @@ Sizes are those of model.py; S slots are the length of a group's cache.
 """
 import copy
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -91,17 +92,20 @@ if triton:
             tl.store(values + stored, load_fp32(v + at + e, e < E), e < E)
 
     @triton.jit
-    def sample_kernel(hidden, weight, banned, inverse_temperature, noisy, keys, best, found, sums,
-                      R, D, V, share, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                      PRECISION: tl.constexpr):
+    def sample_kernel(hidden, weight, banned, inverse_temperature, noisy, keys, generated,
+                      best, found, won, sums, R, D, V, share, ROWS: tl.constexpr,
+                      BLOCK: tl.constexpr, PRECISION: tl.constexpr):
         """A block of rows over `share` words: head, ban, noise, arg-max; logits never leave the
-        chip. best, found, sums (splits, R): the winner's noisy logit, its id, the log-sum-exp."""
+        chip. best, found, won, sums (splits, R): the winner's logit with noise, its id, its
+        log-prob among these words, the log-sum-exp of theirs."""
         row, split = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
-        inside, key = row < R, tl.load(keys + row, row < R, 0)
+        inside, clock = row < R, mix_kernel(tl.load(generated).to(tl.int32))
+        key = mix_kernel(tl.load(keys + row, inside, 0) ^ clock)
         scale, loudness = tl.load(inverse_temperature), tl.load(noisy)
-        # The winner so far; the running max and sum of a softmax without noise.
+        # The winner so far, with noise and without; the running max and sum of a softmax.
         token, peak = tl.zeros((ROWS,), tl.int64), tl.full((ROWS,), -float("inf"), tl.float32)
-        top, total = tl.full((ROWS,), MASKED, tl.float32), tl.zeros((ROWS,), tl.float32)
+        winner, top = tl.full((ROWS,), MASKED, tl.float32), tl.full((ROWS,), MASKED, tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
         for start in range(split * share, tl.minimum((split + 1) * share, V), BLOCK):
             word = start + tl.arange(0, BLOCK)
             logit = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -119,13 +123,16 @@ if triton:
             top = higher
             bits = mix_kernel(key[:, None] ^ mix_kernel(word)[None]) >> 9 & 0x7FFFFF
             uniform = (bits.to(tl.float32) + 0.5) * 2 ** -23         # as in `gumbel`
-            logit -= loudness * tl.log(-tl.log(uniform))
-            highest = tl.max(logit, 1)
-            token = tl.where(highest > peak, start + tl.argmax(logit, 1), token)
+            noised = logit - loudness * tl.log(-tl.log(uniform))
+            highest, place = tl.max(noised, 1), tl.argmax(noised, 1)
+            chosen = tl.sum(tl.where(tl.arange(0, BLOCK)[None] == place[:, None], logit, 0.0), 1)
+            token = tl.where(highest > peak, start + place, token)
+            winner = tl.where(highest > peak, chosen, winner)
             peak = tl.maximum(peak, highest)
         at = split * R + row
         tl.store(best + at, peak, inside)
         tl.store(found + at, token, inside)
+        tl.store(won + at, winner - top - tl.log(total), inside)
         tl.store(sums + at, top + tl.log(total), inside)
 
 
@@ -157,15 +164,14 @@ def rotate_and_store(q, k, v, cos, sin, keys, values, slots):
     return q
 
 
-def decode_attention(q, keys, values, bias):
-    """A group's rollouts, one query each, against the one cache of the group. q (B * G, H, E);
-    keys, values (B, S, K, E); bias (B, G, S): NEGATIVE where one may not look."""
-    G, K = bias.shape[1], keys.shape[2]             # a group's heads are rows of queries
-    q = q.unflatten(0, (-1, G)).unflatten(2, (K, -1)).transpose(1, 2)          # (B, K, G, H / K, E)
-    mask = bias.repeat_interleave(q.shape[3], 1)[:, None]              # (B, 1, G * H / K, S)
+def decode_attention(q, keys, values, mask):
+    """A group's rollouts, one query each, against the one cache of the group. q (R, H, E); keys,
+    values (B, S, K, E); mask (B, 1, G * H / K, S): NEGATIVE where one may not look."""
+    q = q.unflatten(0, (len(keys), -1)).unflatten(2, (keys.shape[2], -1))      # (B, G, K, H / K, E)
+    q = q.transpose(1, 2)                            # a group's heads are rows of queries
     out = F.scaled_dot_product_attention(q.flatten(2, 3), keys.transpose(1, 2),
                                          values.transpose(1, 2), mask)
-    return out.view(q.shape).transpose(1, 2).flatten(2, 3).flatten(0, 1)       # (B * G, H, E)
+    return out.view(q.shape).transpose(1, 2).flatten(2, 3).flatten(0, 1)       # (R, H, E)
 
 
 def gumbel(keys, vocabulary):
@@ -176,28 +182,30 @@ def gumbel(keys, vocabulary):
     return uniform.log_().neg_().log_().neg_()
 
 
-def sample_triton(hidden, weight, banned, inverse_temperature, noisy, keys):
+def sample_triton(hidden, weight, banned, inverse_temperature, noisy, keys, generated):
     (R, D), V, fp32 = hidden.shape, len(weight), hidden.dtype == torch.float32
     # tl.dot takes 16 rows or more; the tiles of more rows would not stay in registers.
     block = max(16, min(16 if fp32 else 64, triton.next_power_of_2(R)))
     share, splits = 1024, triton.cdiv(V, 1024)       # words a program: few rows still fill a GPU
-    best, sums = torch.empty(2, splits, R, device=hidden.device)
-    found = torch.zeros(splits, R, dtype=torch.long, device=hidden.device)
+    best, won, sums = torch.empty(3, splits, R, device=hidden.device)
+    found = torch.empty(splits, R, dtype=torch.long, device=hidden.device)
     sample_kernel[(triton.cdiv(R, block), splits)](
-        hidden, weight, banned, inverse_temperature, noisy, keys, best, found, sums, R=R, D=D, V=V,
-        share=share, ROWS=block, BLOCK=64, PRECISION="ieee" if fp32 else "tf32", num_warps=8)
-    token = found.gather(0, best.argmax(0, keepdim=True))[0]                   # (R,)
-    logit = (hidden.float() * weight[token].float()).sum(1) * inverse_temperature
-    return token, (logit - sums.logsumexp(0)).clamp(max=0)   # two sums, rounded differently
+        hidden, weight, banned, inverse_temperature, noisy, keys, generated, best, found, won, sums,
+        R=R, D=D, V=V, share=share, ROWS=block, BLOCK=64, PRECISION="ieee" if fp32 else "tf32",
+        num_warps=8)
+    winner = best.argmax(0, keepdim=True)                                      # (1, R)
+    logprob = won + sums.log_softmax(0)              # neither is above 0
+    return found.gather(0, winner)[0], logprob.gather(0, winner)[0]
 
 
 @on_cuda(sample_triton)
-def sample(hidden, weight, banned, inverse_temperature, noisy, keys):
+def sample(hidden, weight, banned, inverse_temperature, noisy, keys, generated):
     """Draws from softmax(h Wᵀ / T) without banned ids, by Gumbel arg-max in fp32. hidden (R, D);
-    weight (V, D); inverse_temperature (1,); noisy (1,): 1, or 0 for greedy; keys (R,) int32
-    -> tokens, log-probs (R,)."""
+    weight (V, D); inverse_temperature (1,); noisy (1,): 1, or 0 for greedy; the noise is that of
+    keys (R,) int32 and of the number of tokens generated (1,) -> tokens, log-probs (R,)."""
     logits = (hidden @ weight.T).float().mul_(inverse_temperature).masked_fill_(banned, NEGATIVE)
-    tokens = gumbel(keys, len(weight)).mul_(noisy).add_(logits).argmax(-1)     # (R,)
+    noise = gumbel(mix(keys ^ mix(generated.int())), len(weight))              # (R, V)
+    tokens = noise.mul_(noisy).add_(logits).argmax(-1)                         # (R,)
     return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
@@ -257,9 +265,10 @@ def token_logprobs(hidden, weight, targets, banned=None, temperature=1.0):
 
 
 # ------------------------------------------------------------------------------------- sampler
-CHECK_EVERY = 16         # steps of a GPU between looks at `done`: each look waits for it
+CHECK_EVERY = 16         # steps of a GPU between looks at the end marks: each look waits for it
+WINDOW = 64              # steps of a GPU that read equally many slots: for each, a graph
 PROMPTS_AT_ONCE = 32     # prompts read together: more pictures, more activations of the ViT
-CACHE_BYTES = 2 ** 32    # of the rows at work, at 1,000 tokens each
+CACHE_BYTES = 2 ** 32    # of the rows at work
 
 
 @dataclass
@@ -283,25 +292,23 @@ class Sampler:
     """Prompts in, rollouts out: fixed buffers and one `step` over them, which CUDA captures.
 
     A group is the rollouts of one prompt, which is read and held once for all of them. All groups
-    that there is room for step together, by one token at a time; rows that have ended («dead»)
-    step on until the last one ends, and their tokens count nowhere.
+    that there is room for step together, by one token at a time; rows that have ended step on until
+    the last one ends, and their tokens count nowhere.
 
     banned (V,): never sampled. With another `dtype` it samples from copied weights, which `refresh`
-    updates in place. rows: rollouts at once, at most what 4 GiB hold at 1,000 tokens each. A row's
-    randomness depends on (seed of its prompt, member, token index) alone, not on its company."""
+    updates in place. rows: rollouts at once, at most what CACHE_BYTES hold. A row's randomness
+    depends on (seed of its prompt, member, token index) alone, not on its company."""
     def __init__(self, model, banned, stop, dtype=None, capture=True, rows=1024):
         self.source = self.model = model
         if dtype not in (None, next(model.parameters()).dtype):
             self.model = copy.deepcopy(model).requires_grad_(False)
             for weight in filter(torch.is_floating_point, self.model.parameters()):
                 weight.data = weight.data.to(dtype)      # not the buffers: rope needs fp32
-        c, head = model.config.text, self.model.lm_head.weight
+        head = model.lm_head.weight
         self.device, self.on_gpu = head.device, head.is_cuda
-        self.banned, self.stop = banned.to(self.device), stop
+        self.banned, self.stop, self.rows = banned.to(self.device), stop, rows
         self.capture = capture                           # only a GPU can
-        token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * head.element_size()
-        self.rows = min(rows, CACHE_BYTES // (1000 * token))
-        self.graph, self.shape = None, (0, 0, 0, 0)  # groups, group, new tokens, start of answers
+        self.graphs, self.shape = {}, (0, 0, 0, 0)   # groups, group, new tokens, start of answers
 
     @torch.no_grad()
     def refresh(self):
@@ -315,57 +322,66 @@ class Sampler:
         seeds every call gives the same."""
         B, T = prompts.ids.shape
         seeds = torch.arange(B) if seeds is None else seeds
-        groups = min(B, max(1, self.rows // group))  # answered at a time
         logprobs = torch.zeros(B, group, new_tokens, device=self.device)
         ids = torch.zeros_like(logprobs, dtype=torch.long)
         with torch.inference_mode():
-            self.reserve(groups, group, new_tokens, T)
+            groups = self.reserve(B, group, new_tokens, T)
             self.inverse_temperature.fill_(1 / (temperature or 1))
             self.noisy.fill_(temperature > 0)
-            for start in range(0, B, groups):
+            for start in range(0, B, groups):            # answered at a time
                 part = slice(start, min(start + groups, B))
                 ids[part], logprobs[part] = self.answer(prompts.part(start, part.stop), seeds[part])
         ids, logprobs = ids.flatten(0, 1), logprobs.flatten(0, 1)              # (R, N)
         stops = ids == self.stop
-        ended = stops.cumsum(1) - stops.long() > 0   # after the first end mark: dead rows went on
+        ended = stops.cumsum(1) - stops.long() > 0   # after the first end mark: they went on
         return Rollouts(ids.masked_fill(ended, 0), (~ended).sum(1), logprobs.masked_fill(ended, 0),
                         stops.any(1))
 
-    def answer(self, prompts, seeds):
-        """Reads at most as many prompts as there is room for, and steps until all have ended."""
-        B = len(prompts.ids)
-        for start in range(0, B, PROMPTS_AT_ONCE):
-            stop = min(start + PROMPTS_AT_ONCE, B)
-            groups = torch.arange(start, stop, device=self.device)
-            self.admit(prompts.part(start, stop), groups, seeds[start:stop])
-        while not self.done.all():                   # waits for a GPU
-            self.advance()
-        return self.ids[:B, :, :-1], self.logprobs[:B, :, :-1]
-
-    def reserve(self, groups, group, new_tokens, width):
-        """Buffers for so many groups, kept where they fit. Nobody is in there yet."""
-        start = max(width, self.shape[3]) if self.on_gpu else width      # so, no new capture
-        if groups > self.shape[0] or (group, new_tokens, start) != self.shape[1:]:
-            self.graph = self.cache = None           # before there are new ones
-            self.allocate(groups, group, new_tokens, start)
-        self.done.fill_(True)
+    def reserve(self, prompts, G, N, width):
+        """Buffers for as many of the groups as fit, kept where they do. -> how many"""
+        c, head = self.model.config.text, self.model.lm_head.weight
+        slot = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * head.element_size()
+        start = width
+        if self.on_gpu:                              # so, no new capture; by 16, as attention likes
+            start = max(16 * math.ceil(width / 16), self.shape[3])
+        fit = CACHE_BYTES // (slot * (start + N * G))
+        groups = max(1, min(prompts, self.rows // G, fit))
+        if groups > self.shape[0] or (G, N, start) != self.shape[1:]:
+            self.graphs, self.cache = {}, None       # before there are new ones
+            self.allocate(groups, G, N, start)
+        return groups
 
     def allocate(self, groups, G, N, start):
         c, head = self.model.config.text, self.model.lm_head.weight
+        S, K = start + N * G, c.num_key_value_heads
         zeros = functools.partial(torch.zeros, device=self.device)
         integers = functools.partial(zeros, dtype=torch.long)
-        S = start + (N + 1) * G                      # G to spare: for dead rows after N tokens
-        self.cache = head.new_zeros(c.num_hidden_layers, 2, groups, S, c.num_key_value_heads,
-                                    c.head_dim)
-        self.bias = head.new_zeros(groups, G, S)     # NEGATIVE where a row may not look
+        self.cache = head.new_zeros(c.num_hidden_layers, 2, groups, S, K, c.head_dim)
+        self.mask = head.new_zeros(groups, G, c.num_attention_heads // K, S)
         self.inverse_temperature, self.noisy = zeros(2, 1)           # noisy: 1, or 0 for greedy
-        self.last_position = integers(groups, 1)     # of the prompt's last token
-        self.generated = integers(groups, 1)         # tokens so far; dead rows count on
+        self.generated = integers(1)                 # tokens so far
+        self.first_slot = start + torch.arange(G, device=self.device).expand(groups, G)
+        self.last_position = integers(groups, G)     # of the prompt's last token
         self.token = integers(groups, G)             # the input of the next step
-        self.noise_key, self.done = zeros(groups, G).int(), zeros(groups, G).bool()
-        self.ids = integers(groups, G, N + 1)        # one to spare, as above
-        self.logprobs = zeros(groups, G, N + 1)
+        self.noise_key = zeros(groups, G).int()
+        self.ids, self.logprobs = integers(N, groups, G), zeros(N, groups, G)
         self.shape = (groups, G, N, start)
+
+    def answer(self, prompts, seeds):
+        """Reads at most as many prompts as there is room for, and steps until all have ended.
+        -> ids, log-probs (B, G, N)"""
+        B, N = len(prompts.ids), self.shape[2]
+        for start in range(0, B, PROMPTS_AT_ONCE):
+            part = slice(start, min(start + PROMPTS_AT_ONCE, B))
+            self.admit(prompts.part(start, part.stop), part, seeds[part])
+        self.generated.zero_()
+        check_every = CHECK_EVERY if self.on_gpu else 1
+        for steps in range(1, N + 1):
+            self.advance(steps)
+            ended = steps % check_every == 0 and (self.ids[:steps, :B] == self.stop).any(0).all()
+            if ended:                                # waits for a GPU
+                break
+        return self.ids[:, :B].movedim(0, 2), self.logprobs[:, :B].movedim(0, 2)
 
     def admit(self, prompts, groups, seeds):
         """Reads prompts; the rollouts of each start in its group, with its last token."""
@@ -375,35 +391,29 @@ class Sampler:
         for layer, (keys, values) in enumerate(cache):               # (B, T, K, E)
             self.cache[layer, 0, groups, :T] = keys
             self.cache[layer, 1, groups, :T] = values
-        visible = torch.where(length_mask(last[:, 0], T), 0.0, NEGATIVE)   # (B, T)
-        self.bias[groups] = NEGATIVE
-        self.bias[groups, :, :T] = visible[:, None].to(self.bias.dtype)
+        hidden = length_mask(last[:, 0], T).logical_not()[:, None, None]     # (B, 1, 1, T)
+        self.mask[groups] = NEGATIVE
+        self.mask[groups, :, :, :T] = hidden * NEGATIVE
         self.last_position[groups] = prompts.positions[..., 0].gather(1, last)
-        self.generated[groups] = 0
-        member = torch.arange(self.done.shape[1], dtype=torch.int32, device=self.device)
+        member = torch.arange(self.shape[1], dtype=torch.int32, device=self.device)
         seeds = mix(seeds.to(self.device).int())[:, None]
         self.noise_key[groups] = mix(seeds ^ mix(member + 0x5EED))   # (B, G)
         self.token[groups] = prompts.ids.gather(1, last)
-        self.done[groups] = False
 
-    def advance(self):
-        """One step; on a GPU some steps, by a graph, which the first of them captures."""
+    def advance(self, steps):
+        """Step number `steps`; on a GPU by a graph, which the first step of its window captures."""
         _, G, N, start = self.shape
-        for _ in range(CHECK_EVERY if self.on_gpu else 1):
-            if self.graph:
-                self.graph.replay()
-                continue
-            steps = N if self.on_gpu else int(self.generated.max())
-            self.step(start + (steps + 1) * G)       # also compiles the kernels, for the capture
-            if self.on_gpu and self.capture:
-                self.capture_step()
-
-    def capture_step(self):
-        """Later steps replay it; capturing itself computes nothing."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step(self.bias.shape[2])
-        self.graph = graph
+        window = WINDOW if self.on_gpu else 1
+        slots = start + min(N, math.ceil(steps / window) * window) * G       # in use
+        if slots in self.graphs:
+            self.graphs[slots].replay()
+            return
+        self.step(slots)                             # also compiles the kernels, for the capture
+        if self.on_gpu and self.capture:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.step(slots)                     # captured, it computes nothing
+            self.graphs[slots] = graph
 
     def step(self, slots):
         """One more token a row. The cache of a group of three, whose tokens are t0, t1, ...:
@@ -411,29 +421,26 @@ class Sampler:
             slot:  0                start
                    [prompt ... |    | t0g0 t0g1 t0g2 | t1g0 t1g1 t1g2 | ... ]
 
-        t0 is the prompt's last token, for every member g. Row g sees, by `bias`, the prompt without
+        t0 is the prompt's last token, for every member g. Row g sees, by `mask`, the prompt without
         that token, and its own t0, t1, ... The first `slots` slots are in use.
 
-        All rows of a group have generated equally many tokens: dead ones go on until all have
-        ended, so one number says how far a group is, and its slots in use end in one place."""
-        _, G, N, start = self.shape
-        slot = start + self.generated * G + torch.arange(G, device=self.device)    # (groups, G)
-        self.bias.scatter_(2, slot[..., None], 0.0)
+        All rows have generated equally many tokens, since they go on until all have ended."""
+        slot = self.first_slot + self.generated * self.shape[1]                # (groups, G)
+        own = slot[..., None, None].expand(*self.mask.shape[:3], 1)
+        mask = self.mask.scatter_(3, own, 0.0).flatten(1, 2)[:, None, :, :slots]
 
         def attend(layer, q, k, v, rope):
             keys, values = self.cache[layer, :, :, :slots]
             q = rotate_and_store(q, k, v, *rope, keys, values, slot.flatten())
-            return decode_attention(q, keys, values, self.bias[:, :, :slots])
+            return decode_attention(q, keys, values, mask)
 
         decoder = self.model.decoder
-        positions = (self.last_position + self.generated).expand_as(slot)
-        hidden = decoder(decoder.embed_tokens(self.token.flatten()), positions.flatten(), attend)
-        noise_keys = mix(self.noise_key ^ mix(self.generated.int()))
+        positions = (self.last_position + self.generated).flatten()            # (R,)
+        hidden = decoder(decoder.embed_tokens(self.token.flatten()), positions, attend)
         token, logprob = sample(hidden, self.model.lm_head.weight, self.banned,
-                                self.inverse_temperature, self.noisy, noise_keys.flatten())
+                                self.inverse_temperature, self.noisy, self.noise_key.flatten(),
+                                self.generated)
         self.token.copy_(token.view_as(slot))
-        column = self.generated.expand_as(slot)[..., None]                         # (groups, G, 1)
-        self.ids.scatter_(2, column, self.token[..., None])
-        self.logprobs.scatter_(2, column, logprob.view_as(column))
-        self.done |= (self.token == self.stop) | (self.generated >= N - 1)
-        self.generated.add_(1).clamp_(max=N)
+        self.ids.index_copy_(0, self.generated, self.token[None])
+        self.logprobs.index_copy_(0, self.generated, logprob.view_as(slot)[None])
+        self.generated.add_(1)
