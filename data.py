@@ -10,18 +10,18 @@ import os
 import random
 import re
 import zlib
-from collections import namedtuple
+from collections import deque, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import numpy
 import torch
+import torch.distributed
 from PIL import Image, ImageDraw, ImageOps
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils.data import DataLoader
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")             # its threads would not fork
 Image.MAX_IMAGE_PIXELS = None        # `open_image` looks at the size itself
 IMAGE = "<image>"
 
@@ -46,6 +46,39 @@ class Example:
 
     def pictures(self):
         return [one if isinstance(one, Image.Image) else open_image(one) for one in self.images]
+
+
+# ----------------------------------------------- several processes, one for each GPU (torchrun)
+# Question number i of a step is that of process i % WORLD. Only the first process writes.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+QUIET = RANK > 0 or None             # for tqdm, to which None is: where nobody looks
+
+
+def totals(*values):
+    """Numbers, each summed over the processes."""
+    sums = torch.tensor(values, dtype=torch.double)
+    if WORLD > 1:
+        torch.distributed.all_reduce(sums)
+    return sums.tolist()
+
+
+def own(first):
+    """How many of a step's questions 0 to first - 1 are this process's."""
+    return math.ceil((first - RANK) / WORLD)
+
+
+def means(figures, count):
+    """{name: mean over `count` questions} -> over those of all processes."""
+    *sums, n = totals(*(value * count for value in figures.values()), count)
+    return {name: total / n for name, total in zip(figures, sums)}
+
+
+def gathered(rows):
+    """The rows of all processes."""
+    parts = [rows] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(parts, rows)
+    return sum(parts, [])
 
 
 # ------------------------------------------------------------------------ the form of an answer
@@ -701,16 +734,20 @@ class Processor:
         grids = torch.tensor([grid for own in grids for grid in own]).long().view(-1, 2)
         return Batch(ids, lengths, torch.stack(positions), pixels, grids, torch.tensor(counts))
 
-    def prepare(self, examples):
-        """What a step needs of its examples: themselves, their prompts, their responses' ids."""
-        return examples, self.batch(examples), [self.response_ids(one.response) for one in examples]
+    def prepare(self, examples, indices):
+        """What a step needs of some examples: themselves, their prompts, their responses' ids."""
+        some = [examples[index] for index in indices]
+        return some, self.batch(some), [self.response_ids(one.response) for one in some]
 
     def prefetch(self, examples, batches, device):
-        """Yields `prepare` of each batch of indices; for a GPU workers make it ahead of time."""
-        ahead = device == "cuda" and hasattr(os, "fork")     # Windows has none
-        workers = max(1, min(4, os.cpu_count() // 2)) if ahead else 0
-        return DataLoader(examples, batch_sampler=batches, collate_fn=self.prepare,
-                          num_workers=workers, multiprocessing_context="fork" if ahead else None)
+        """Yields `prepare` of each batch of indices; for a GPU, threads make some ahead of time."""
+        ahead, waiting = 3 if device == "cuda" else 0, deque()
+        with ThreadPoolExecutor(ahead or 1) as threads:
+            for batch in batches:
+                waiting.append(threads.submit(self.prepare, examples, batch))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            yield from (prepared.result() for prepared in waiting)
 
     def banned(self, vocabulary):
         """(V,) True for ids that only prompts may hold, and for ids without a token."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 try:
     import triton
@@ -214,54 +215,34 @@ CHUNK = 1 << 22                      # logits held at a time: 16 MiB in fp32,
 LEAST = 256                          # but rows of at least: products of fewer are slow
 
 
-def chunk_logits(hidden, weight, banned, scale):
-    """-> pairs (slice of the rows, their logits at least in fp32), CHUNK numbers at a time."""
-    rows = max(LEAST, CHUNK // len(weight))
-    for start in range(0, len(hidden), rows):
-        part = slice(start, start + rows)
-        logits = widened(hidden[part] @ weight.T).mul_(scale)                  # (rows, V)
-        yield part, logits if banned is None else logits.masked_fill_(banned, NEGATIVE)
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """log softmax(scale * h Wᵀ)[target] without ever holding (N, V): chunks, made again backward
-    from the same casts of h and W. The head's gradient is summed over the chunks in fp32."""
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, banned, scale):
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-        logprob, entropy = (widened(hidden.new_empty(len(hidden))) for _ in range(2))    # (N,)
-        for part, logits in chunk_logits(hidden, weight, banned, scale):
-            logp = logits.log_softmax(-1)
-            logprob[part] = logp.gather(1, targets[part, None])[:, 0]
-            entropy[part] = -(logp.exp() * logp).sum(-1)
-        ctx.save_for_backward(hidden, weight, targets, banned)
-        ctx.scale = scale
-        ctx.mark_non_differentiable(entropy)
-        return logprob, entropy
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        hidden, weight, targets, banned = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = widened(torch.zeros_like(weight)) if ctx.needs_input_grad[1] else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            for part, logits in chunk_logits(hidden, weight, banned, ctx.scale):
-                factor = (grad[part] * ctx.scale)[:, None]
-                slope = logits.softmax(-1).mul_(-factor)                       # (rows, V)
-                slope.scatter_add_(1, targets[part, None], factor)
-                grad_hidden[part] = slope.to(weight.dtype) @ weight
-                if grad_weight is not None:
-                    grad_weight.addmm_(slope.T, hidden[part].to(slope.dtype))
-        return grad_hidden, grad_weight, None, None, None     # autograd casts to the inputs' types
+def chunk_logprobs(hidden, weight, targets, banned, scale):
+    """`token_logprobs` with all logits at once. Under autocast the head is cast anew for each
+    chunk, so that the chunks' gradients of it are summed in fp32."""
+    device, dtype = hidden.device.type, hidden.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    logits = widened(hidden.to(dtype) @ weight.to(dtype).T).mul_(scale)        # (rows, V)
+    if banned is not None:
+        logits = logits.masked_fill_(banned, NEGATIVE)
+    logp = logits.log_softmax(-1)
+    logprob = logp.gather(1, targets[:, None])[:, 0]
+    logp = logp.detach()             # from here on nothing is made again backward
+    return logprob, -(logp.exp() * logp).sum(-1)
 
 
 def token_logprobs(hidden, weight, targets, banned=None, temperature=1.0):
     """The sampler's log-prob of each target, and the entropy there, which has no gradient.
     hidden (N, D); weight (V, D); targets (N,); banned (V,) -> (N,), (N,).
-    A banned target, which the sampler never draws, gets about -1e30 and a meaningless gradient."""
-    return TokenLogprobs.apply(hidden, weight, targets, banned, 1 / (temperature or 1))
+    A banned target, which the sampler never draws, gets about -1e30 and a meaningless gradient.
+
+    Large logits (N, V) are not held: each chunk of rows makes its own, and again backward."""
+    rows, score = max(LEAST, CHUNK // len(weight)), chunk_logprobs
+    if len(hidden) > rows:
+        score = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
+    chunks = [score(some, weight, wanted, banned, 1 / (temperature or 1))
+              for some, wanted in zip(hidden.split(rows), targets.split(rows))]
+    logprobs, entropies = zip(*chunks)
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
 # ------------------------------------------------------------------------------------- sampler

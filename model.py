@@ -15,7 +15,6 @@ import json
 import os
 import pathlib
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -26,7 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import data
-from kernels import NEGATIVE, length_mask, rotary, token_logprobs
+from kernels import length_mask, rotary, token_logprobs
 
 # Fresh layers are the identity, tokens as large as pieces of picture: what attends knows itself.
 SPREAD = dict(embed_tokens=0.6, lm_head=0.02, position_embedding=0.02, o_proj=0.0, down_proj=0.0,
@@ -384,10 +383,10 @@ class VLM(nn.Module):
         tokens, the first of each row; banned (V,) and temperature: those of the sampler
         -> two tensors (R, N), zero where the mask is False.
 
-        `score_plain` is the textbook form. Here a prompt is read once for its whole group: its keys
-        and values are forked to the rollouts (with gradient). The hidden state of the prompt's
-        last token predicts the first response token, so that token is run again as the first
-        input of each rollout, and is masked out of the forked cache."""
+        The textbook form is `score_plain` of tests/conftest.py. Here a prompt is read once for its
+        whole group: its keys and values are forked to the rollouts (with gradient). The hidden
+        state of the prompt's last token predicts the first response token, so that token is run
+        again as the first input of each rollout, and is masked out of the forked cache."""
         (R, N), device = ids.shape, ids.device
         prompt = torch.arange(len(prompts.ids), device=device)                 # (B,)
         last = prompts.lengths - 1                                             # (B,)
@@ -415,28 +414,6 @@ class VLM(nn.Module):
         logprob, entropy = token_logprobs(hidden, self.lm_head.weight, ids[mask], banned,
                                           temperature)                         # (M,)
         return ragged.pad(logprob), ragged.pad(entropy)
-
-    def score_plain(self, prompts, ids, mask, group=1, banned=None, temperature=1.0):
-        """The textbook form of `score`, and its reference: prompt and response in one row, whole
-        logits, and no label for the prompt's tokens. One row at a time; slow."""
-        logprob, entropy = (self.lm_head.weight.new_zeros(ids.shape) for _ in range(2))
-        for r in range(len(ids)):
-            prompt = prompts.part(r // group, r // group + 1)
-            T, n = int(prompt.lengths), int(mask[r].sum())
-            response = ids[r, :n]
-            after = torch.arange(1, n + 1, device=ids.device)[:, None]         # (n, 1)
-            row = replace(prompt, lengths=prompt.lengths + n,
-                          ids=torch.cat([prompt.ids[:, :T], response[None]], 1),
-                          positions=torch.cat([prompt.positions[:, :T],
-                                               prompt.positions[:, T - 1:T] + after], 1))
-            hidden, _ = self(row)                                              # (1, T + n, D)
-            logits = self.lm_head(hidden[0, T - 1:-1]) / temperature   # (n, V) i predicts i + 1
-            if banned is not None:
-                logits = logits.masked_fill(banned, NEGATIVE)
-            logp = logits.log_softmax(-1)                                      # (n, V)
-            logprob[r, :n] = logp.gather(1, response[:, None])[:, 0]
-            entropy[r, :n] = -(logp.exp() * logp).sum(-1)
-        return logprob, entropy
 
 
 # ------------------------------------------------------------------- to fit a consumer's GPU
@@ -472,20 +449,17 @@ class LoRA(nn.Module):
         return self.weight + self.scale * (self.lora_B.weight @ self.lora_A.weight).float()
 
 
-def switch_adapters(model, enabled):
-    for layer in model.modules():
-        if isinstance(layer, LoRA):
-            layer.enabled = enabled
-
-
 @contextlib.contextmanager
 def without_adapters(model):
     """Inside, the model is the one that its adapters adapt."""
-    switch_adapters(model, False)
+    adapted = [layer for layer in model.modules() if isinstance(layer, LoRA)]
+    for layer in adapted:
+        layer.enabled = False
     try:
         yield model
     finally:
-        switch_adapters(model, True)
+        for layer in adapted:
+            layer.enabled = True
 
 
 def add_lora(model, rank, alpha, targets, base=None):
@@ -513,6 +487,8 @@ def read_json(path):
 
 def write_file(path, content):
     """A text, or {name: tensor}; whenever it is killed, a reader sees the old file or the new."""
+    if data.RANK > 0:
+        return
     new = pathlib.Path(f"{path}.new")
     new.parent.mkdir(parents=True, exist_ok=True)
     if not isinstance(content, str):
@@ -588,7 +564,7 @@ def save_checkpoint(model, processor, directory):
         name: tensor.to("cpu", model.config.dtype) for name, tensor in hub_state(model).items()})
     stale = ("model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*")
     for old in [path for pattern in stale for path in directory.glob(pattern)]:
-        old.unlink()                 # or other programs would read them
+        old.unlink(missing_ok=True)  # or other programs would read them
     if model.adapter:
         write_file(directory / "adapter" / "adapter_config.json", json.dumps(model.adapter))
         write_file(directory / "adapter" / "adapter_model.safetensors", {

@@ -89,6 +89,28 @@ def widen(batch, extra):
                                positions=positions)
 
 
+def score_plain(model, prompts, ids, mask, group=1, banned=None, temperature=1.0):
+    """The textbook form of `VLM.score`, and its reference: prompt and response in one row, whole
+    logits, and no label for the prompt's tokens. One row at a time; slow."""
+    logprob, entropy = (model.lm_head.weight.new_zeros(ids.shape) for _ in range(2))
+    for r in range(len(ids)):
+        prompt = prompts.part(r // group, r // group + 1)
+        T, n = int(prompt.lengths), int(mask[r].sum())
+        response = ids[r, :n]
+        after = torch.arange(1, n + 1, device=ids.device)[:, None]         # (n, 1)
+        positions = torch.cat([prompt.positions[:, :T], prompt.positions[:, T - 1:T] + after], 1)
+        row = dataclasses.replace(prompt, lengths=prompt.lengths + n, positions=positions,
+                                  ids=torch.cat([prompt.ids[:, :T], response[None]], 1))
+        hidden, _ = model(row)                                             # (1, T + n, D)
+        logits = model.lm_head(hidden[0, T - 1:-1]) / temperature   # (n, V) i predicts i + 1
+        if banned is not None:
+            logits = logits.masked_fill(banned, -1e30)
+        logp = logits.log_softmax(-1)                                      # (n, V)
+        logprob[r, :n] = logp.gather(1, response[:, None])[:, 0]
+        entropy[r, :n] = -(logp.exp() * logp).sum(-1)
+    return logprob, entropy
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """Of the tabletop's text, with the special tokens of every family."""

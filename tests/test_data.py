@@ -897,7 +897,7 @@ def test_rows_that_speak_of_special_tokens(read, tokenizer, mark):
     example, = read(row(question=f"What is {mark}?", rationale=f"It is {mark}.", answer=mark,
                         choices=[mark, "a"], system=f"Say {mark}"))
     for ours in (data.Processor(tokenizer, 32, 16), data.QwenProcessor(tokenizer, 28, 1)):
-        _, batch, (response,) = ours.prepare([example])
+        _, batch, (response,) = ours.prepare([example], [0])
         assert response.count(tokenizer.token_to_id(mark)) == (mark == ours.STOP)
         system = data.Example("x", "q", "a", system="Say")
         assert (batch.ids == ours.stop).sum() == (ours.batch([system]).ids == ours.stop).sum()
@@ -1040,7 +1040,7 @@ def test_workers_prepare_what_a_step_would(start, monkeypatch):
     batches = [[7, 3, 30], [1], [2, 39]]
     for loader in (processor.prefetch(world, batches, device) for device in ("cuda", "cpu")):
         for indices, (some, batch, rows) in zip(batches, loader, strict=True):
-            mine, expected, responses = processor.prepare([world[i] for i in indices])
+            mine, expected, responses = processor.prepare(world, indices)
             assert [e.id for e in some] == [e.id for e in mine] and rows == responses
             assert all(torch.equal(a, b) for a, b in zip(vars(batch).values(),
                                                          vars(expected).values()))

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import score_plain
 
 import data
 import evaluate
@@ -258,7 +259,7 @@ def test_a_step_is_the_gradient_of_the_textbook_loss(tmp_path, start, algorithm)
     assert len(set(rollouts.lengths.tolist())) > 3 and len(taken) == 2
 
     def logprobs(model):
-        whole, _ = model.score_plain(prompts, rollouts.ids, rollouts.mask, c.group,
+        whole, _ = score_plain(model, prompts, rollouts.ids, rollouts.mask, c.group,
                                      run.sampler.banned, c.temperature)
         return [row[:n] for row, n in zip(whole, rollouts.lengths.tolist())]
 
