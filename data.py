@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy
 import torch
-import torch.distributed
 from PIL import Image, ImageDraw, ImageOps
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")             # a thread prepares a batch
 Image.MAX_IMAGE_PIXELS = None        # `open_image` looks at the size itself
 IMAGE = "<image>"
 
@@ -46,39 +46,6 @@ class Example:
 
     def pictures(self):
         return [one if isinstance(one, Image.Image) else open_image(one) for one in self.images]
-
-
-# ----------------------------------------------- several processes, one for each GPU (torchrun)
-# Question number i of a step is that of process i % WORLD. Only the first process writes.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-QUIET = RANK > 0 or None             # for tqdm, to which None is: where nobody looks
-
-
-def totals(*values):
-    """Numbers, each summed over the processes."""
-    sums = torch.tensor(values, dtype=torch.double)
-    if WORLD > 1:
-        torch.distributed.all_reduce(sums)
-    return sums.tolist()
-
-
-def own(first):
-    """How many of a step's questions 0 to first - 1 are this process's."""
-    return math.ceil((first - RANK) / WORLD)
-
-
-def means(figures, count):
-    """{name: mean over `count` questions} -> over those of all processes."""
-    *sums, n = totals(*(value * count for value in figures.values()), count)
-    return {name: total / n for name, total in zip(figures, sums)}
-
-
-def gathered(rows):
-    """The rows of all processes."""
-    parts = [rows] * WORLD
-    if WORLD > 1:
-        torch.distributed.all_gather_object(parts, rows)
-    return sum(parts, [])
 
 
 # ------------------------------------------------------------------------ the form of an answer

@@ -372,10 +372,9 @@ def evaluate(sampler, processor, examples, split="", samples=1, temperature=0.0,
              seed=0):
     """Answers and grades every example -> rows, one for each answer, in order."""
     rows, at_once = [], max(1, 256 // samples)       # questions: some 256 answers a batch
-    own = range(len(examples))[data.RANK::data.WORLD]
-    batches = [own[slice(*piece)] for piece in data.pieces(0, len(own), at_once)]
+    batches = [range(*piece) for piece in data.pieces(0, len(examples), at_once)]
     prepared = processor.prefetch(examples, batches, sampler.device.type)
-    for indices, (asked, prompts, _) in zip(tqdm(batches, split, leave=False, disable=data.QUIET),
+    for indices, (asked, prompts, _) in zip(tqdm(batches, split, leave=False, disable=None),
                                             prepared):
         seeds = torch.tensor(indices) + seed * 1_000_003
         rollouts = sampler.generate(prompts, samples, new_tokens, temperature, seeds)
@@ -390,7 +389,7 @@ def evaluate(sampler, processor, examples, split="", samples=1, temperature=0.0,
                 prompt_ids=prompts.ids[b, :prompts.lengths[b]].tolist(), response_ids=ids,
                 logprobs=logprobs[r][:len(ids)], response=response, truncated=not finished[r],
                 answer=example.answer, **vars(graded)))
-    return sorted(data.gathered(rows), key=lambda row: row["index"])
+    return rows
 
 
 # ------------------------------------------------- the command line, and what every script asks
@@ -422,15 +421,8 @@ def parse(Config, argv=None, doc=""):
 
 def run_script(main, Config, doc, argv=None):
     """Runs main(config); what the user can mend ends as one clear line, not as a traceback."""
-    config = parse(Config, argv, doc)
-    if data.WORLD > 1:
-        torch.distributed.init_process_group()
-        if config.device == "cuda":
-            torch.cuda.set_device(data.RANK % torch.cuda.device_count())
-        if data.RANK > 0:
-            sys.stdout = io.StringIO()       # one process talks
     try:
-        main(config)
+        main(parse(Config, argv, doc))
     except (data.DataError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -439,8 +431,6 @@ def run_script(main, Config, doc, argv=None):
 
 def run_command(command):
     """Prints a command and runs it with the script beside this file."""
-    if data.WORLD > 1:
-        sys.exit(f"error: first, without torchrun: {command}")
     print(f"\n$ {command}", flush=True)
     script, *options = shlex.split(command)[1:]
     process = subprocess.Popen([sys.executable, pathlib.Path(__file__).with_name(script), *options])
@@ -518,7 +508,7 @@ def text_table(rows):
 
 def main(c):
     rows = list(answer_all(c.model, c))
-    if c.out and data.RANK == 0:     # it may be a link or a pipe: written, not replaced
+    if c.out:                        # which may be a link or a pipe: written, not replaced
         pathlib.Path(c.out).parent.mkdir(parents=True, exist_ok=True)
         pathlib.Path(c.out).write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = [["split", "family", *COLUMNS, "pass"]]

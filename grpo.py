@@ -92,10 +92,9 @@ def token_weights(mask, how, longest):
     """What each token's loss counts in the loss of a minibatch. (R, N) -> (R, N), of sum 1 but for
     «constant». Rows without a counted token count nowhere else."""
     lengths = mask.sum(1, keepdim=True, dtype=torch.double)                    # (R, 1)
-    tokens, counted, rows = data.totals(lengths.sum(), (lengths > 0).sum(), len(mask))
     if how == "sequence":
-        return mask / lengths.clamp(min=1) / max(counted, 1)
-    return mask / (max(tokens, 1) if how == "token" else rows * longest)
+        return mask / lengths.clamp(min=1) / (lengths > 0).sum().clamp(min=1)
+    return mask / (lengths.sum().clamp(min=1) if how == "token" else len(mask) * longest)
 
 
 def token_loss(logprob, old, sampled, reference, advantage, mask, c):
@@ -150,8 +149,7 @@ def rollout(run, step, examples, prompts):
     """Samples a group of answers to each question and rewards them -> Experience, metrics."""
     c, begin = run.config, time.perf_counter()
     run.sampler.refresh()
-    number = data.RANK + data.WORLD * torch.arange(len(examples))    # of the questions in the step
-    seeds = number + c.prompts * (step + 1_000_003 * c.seed)
+    seeds = torch.arange(len(examples)) + c.prompts * (step + 1_000_003 * c.seed)
     rollouts = run.sampler.generate(prompts, c.group, c.max_new_tokens, c.temperature,
                                     seeds % 2 ** 31)
     seconds, answer_format = time.perf_counter() - begin, run.processor.style["answer_format"]
@@ -167,13 +165,12 @@ def rollout(run, step, examples, prompts):
         mask = mask & rollouts.finished[:, None]
     known = [part for part in parts if not math.isnan(part["reward"])]
     metrics = {name: mean(part[name] for part in known) for name in known[0]} if known else {}
-    failures, tokens = data.totals(len(parts) - len(known), rollouts.lengths.sum())
     metrics |= dict(
         reward_std=rewards.std(1).nanmean().item(), equal_groups=equal.float().mean().item(),
         advantage=advantage.abs().mean().item(), length=rollouts.lengths.float().mean().item(),
         truncated=1 - rollouts.finished.float().mean().item(),
-        grader_failures=failures, rollout_seconds=round(seconds, 4),
-        tokens_per_second=tokens / seconds)
+        grader_failures=len(parts) - len(known), rollout_seconds=round(seconds, 4),
+        tokens_per_second=rollouts.lengths.sum().item() / seconds)
     return Experience(rollouts, mask, advantage.to(c.device)), metrics
 
 
@@ -198,12 +195,10 @@ def explore(run, step, examples, prompts, responses):
     One rollout, then an optimizer step for each minibatch of its questions, on three log-probs of
     each token: of the policy that learns, of the policy as it was (old), of the sampler (the same
     but for rounding). Loss and gradient norm are logged of the last minibatch."""
-    c = run.config
-    [B] = data.totals(len(examples))                 # questions of all processes
+    c, B = run.config, len(examples)
     experience, metrics = rollout(run, step, examples, prompts)
     rollouts, mask, advantage = experience.rollouts, experience.mask, experience.advantage
-    minibatches = [(data.own(first), data.own(last))
-                   for first, last in data.pieces(0, int(B), math.ceil(B / c.minibatches))]
+    minibatches = data.pieces(0, B, math.ceil(B / c.minibatches))
     weights = torch.zeros_like(rollouts.logprobs, dtype=torch.double)          # (R, N)
     new, old, reference, entropy = (torch.zeros_like(rollouts.logprobs) for _ in range(4))
     norms = []                       # of the gradients
@@ -228,10 +223,9 @@ def explore(run, step, examples, prompts, responses):
             loss = (loss * weights[rows].type_as(loss)).sum()
             loss.backward()
             loss_sum = loss_sum + loss.detach()
-        loss, signals = data.totals(loss_sum, (advantage[whole] * mask[whole]).any())
-        if not signals:                                  # Muon makes of the KL's
+        if not (advantage[whole] * mask[whole]).any():   # no signal; Muon makes of the KL's
             run.zero_grad()                              # small gradient a step as large as any
-        norms.append(run.optimizer_step(loss, examples[start:stop]))
+        norms.append(run.optimizer_step(loss_sum.item(), examples[start:stop]))
     counted = rollouts.mask
     gap = (old - rollouts.logprobs).abs()[counted]   # between sampler and trainer
     gap_mean = gap.mean().item()
@@ -239,12 +233,12 @@ def explore(run, step, examples, prompts, responses):
         print(f"step {step + 1}: log-probs of sampler and trainer differ by {gap_mean:.2f}")
     if gap_mean > 0.2:
         raise CheckpointError("they differ too much to learn from: look at dtypes, banned tokens")
-    metrics |= dict(loss=loss, grad_norm=norms[-1], updates=sum(norm > 0 for norm in norms),
+    metrics |= dict(loss=loss_sum.item(), grad_norm=norms[-1],
+                    updates=sum(norm > 0 for norm in norms),
                     entropy=entropy[counted].mean().item())
     if run.reference is not None:
         metrics["kl"] = kl_estimate(new, reference, "k3")[counted].mean().item()
-    metrics = data.means(metrics | dict(gap_mean=gap_mean), len(examples))
-    return metrics | dict(gap_max=max(data.gathered([gap.max().item()])))
+    return metrics | dict(gap_mean=gap_mean, gap_max=gap.max().item())
 
 
 def main(c):

@@ -487,8 +487,6 @@ def read_json(path):
 
 def write_file(path, content):
     """A text, or {name: tensor}; whenever it is killed, a reader sees the old file or the new."""
-    if data.RANK > 0:
-        return
     new = pathlib.Path(f"{path}.new")
     new.parent.mkdir(parents=True, exist_ok=True)
     if not isinstance(content, str):
@@ -564,7 +562,7 @@ def save_checkpoint(model, processor, directory):
         name: tensor.to("cpu", model.config.dtype) for name, tensor in hub_state(model).items()})
     stale = ("model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*")
     for old in [path for pattern in stale for path in directory.glob(pattern)]:
-        old.unlink(missing_ok=True)  # or other programs would read them
+        old.unlink()                 # or other programs would read them
     if model.adapter:
         write_file(directory / "adapter" / "adapter_config.json", json.dumps(model.adapter))
         write_file(directory / "adapter" / "adapter_model.safetensors", {

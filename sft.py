@@ -89,7 +89,7 @@ class Config(RunConfig):
 def imitate(run, step, examples, prompts, responses):
     """One step on somebody's answers: responses [[id]], one for each example -> metrics."""
     c = run.config
-    [tokens] = data.totals(sum(map(len, responses)))                 # of the whole step
+    tokens = sum(map(len, responses))
     loss_sum = entropy_sum = torch.zeros(())
     run.zero_grad()
     for start, stop in data.pieces(0, len(examples), c.micro_batch):
@@ -97,14 +97,13 @@ def imitate(run, step, examples, prompts, responses):
         ids, mask = ids.to(c.device), length_mask(lengths.to(c.device))        # (B, N)
         with run.autocast():
             logprob, entropy = run.model.score(prompts.part(start, stop).to(c.device), ids, mask)
-        loss = imitation_loss(logprob, entropy, mask, c.weight) / tokens
+        loss = imitation_loss(logprob, entropy, mask, c.weight) / tokens       # of the whole step
         loss.backward()
         loss_sum = loss_sum + loss.detach()
-        entropy_sum = entropy_sum + entropy.sum() / tokens
-    loss, entropy = data.totals(loss_sum, entropy_sum)
-    grad_norm = run.optimizer_step(loss, examples)
-    return dict(loss=loss, grad_norm=grad_norm, updates=int(grad_norm > 0), entropy=entropy,
-                tokens=int(tokens))
+        entropy_sum = entropy_sum + entropy.sum()
+    grad_norm = run.optimizer_step(loss_sum.item(), examples)
+    return dict(loss=loss_sum.item(), grad_norm=grad_norm, updates=int(grad_norm > 0),
+                entropy=entropy_sum.item() / tokens, tokens=tokens)
 
 
 def training_examples(c):
@@ -214,8 +213,8 @@ class Muon(torch.optim.Optimizer):
                        for p in some]
             torch._foreach_lerp_(momenta, grads, 1 - 0.95)
             ahead = torch._foreach_lerp(grads, momenta, 0.95)                    # Nesterov's
-            updates = orthogonal(torch.stack(ahead))
-            torch._foreach_add_(some, updates.unbind(), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+            updates, rate = orthogonal(torch.stack(ahead)), 0.2 * max(shape) ** 0.5 * group["lr"]
+            torch._foreach_add_(some, updates.unbind(), alpha=-rate)
 
 
 def make_optimizers(trained, lr):
@@ -291,7 +290,6 @@ class Run:
             if name in stored and stored[name] != value and not may_change:
                 sys.exit(f"error: --{name.replace('_', '-')} was {stored[name]!r} in {self.out}, "
                          f"is {value!r}: another schedule or data; choose another --out")
-        data.totals(0)               # all processes have looked before one of them writes
         write_file(path, json.dumps(self.options, indent=1))
         rows = []
         if c.resume and self.state.exists():
@@ -307,11 +305,11 @@ class Run:
             raise CheckpointError(f"{self.state} holds other weights than this run trains")
         for key, tensor in tensors.items():
             name, _, part = key.rpartition("/")      # e.g. «lm_head.weight», «exp_avg»
+            p = self.trained[name]
             if part == "weight":
-                self.trained[name].data.copy_(tensor)
+                p.data.copy_(tensor)
             else:                    # AdamW's number of steps, a scalar, stays on the CPU
-                p = self.trained[name]
-                self.optimizers[name].state[p][part] = tensor.to(p.device) if tensor.ndim else tensor
+                self.optimizers[name].state[p][part] = tensor.to(p.device if tensor.ndim else "cpu")
 
     def is_kept(self):
         return str(self.step) in self.config.keep.split(",")
@@ -339,10 +337,6 @@ class Run:
     def optimizer_step(self, loss, examples):
         """Clips the gradient and follows it -> its norm. Stops where that, or the loss, is not a
         number, and names the examples."""
-        if data.WORLD > 1:
-            for p in self.trained.values():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                torch.distributed.all_reduce(p.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             ids = ", ".join(example.id for example in examples)
@@ -370,26 +364,20 @@ class Run:
                    f"{high:.1%}], format {figures['format']:.1%}, {figures['length']:.1f} tokens")
 
     def log(self, **row):
-        if data.RANK == 0:
-            self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.write(json.dumps(row) + "\n")
 
     def train(self, examples, size, one_step):
         """The loop: `one_step(run, step, *what Processor.prepare made)` -> metrics, until all steps
         are done or Ctrl-C. Of a step's `seconds` it `waited` so many until that was ready."""
         c, interrupted = self.config, []
-        least = len(examples) % size or size                 # questions of a step
-        if least < data.WORLD:
-            sys.exit(f"error: {data.WORLD} processes, and a step with {least} questions; fewer, or "
-                     "another number of questions a step")
-        batches = (batch_indices(len(examples), size, step, c.seed)[data.RANK::data.WORLD]
+        batches = (batch_indices(len(examples), size, step, c.seed)
                    for step in range(self.step, c.steps))
         before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
         prepared = self.processor.prefetch(examples, batches, c.device)
         if self.step == 0:           # what would fail at the first save fails before the first step
             save_checkpoint(self.model, self.processor, self.out)
             self.validate()
-        bar = tqdm(range(self.step, c.steps), c.out, initial=self.step, total=c.steps,
-                   disable=data.QUIET)
+        bar = tqdm(range(self.step, c.steps), c.out, initial=self.step, total=c.steps, disable=None)
         for step in bar:
             begin = time.perf_counter()
             batch = next(prepared)
@@ -398,12 +386,12 @@ class Run:
             self.step, seconds = step + 1, time.perf_counter() - begin
             self.log(step=self.step, **metrics, waited=waited, seconds=seconds)
             bar.set_postfix({name: f"{value:.3g}" for name, value in list(metrics.items())[:4]})
-            last, stopped = self.step == c.steps, any(data.totals(len(interrupted)))
+            last = self.step == c.steps
             if last or c.eval_every and self.step % c.eval_every == 0:
                 self.validate()
-            if last or stopped or self.step % c.save_every == 0 or self.is_kept():
+            if last or interrupted or self.step % c.save_every == 0 or self.is_kept():
                 self.save()
-            if stopped:
+            if interrupted:
                 sys.exit(f"stopped after step {self.step}; saved; go on with --resume")
         signal.signal(signal.SIGINT, before)
         write_file(self.out / "run.json", json.dumps(self.options | dict(finished=True), indent=1))

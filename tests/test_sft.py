@@ -318,6 +318,21 @@ def test_muon_is_that_of_torch(scale):
         assert all(map(torch.equal, mine, theirs))
 
 
+def test_resume_leaves_the_number_of_steps_on_the_cpu(tmp_path, start):
+    """It was moved to the GPU with the moments, where AdamW waits twice for each parameter. On the
+    device «meta», which is as far from the CPU as a GPU is."""
+    run = run_of(start, tmp_path)
+    sft.imitate(run, 0, *run.processor.prepare(data.World("train"), range(8)))
+    run.save()
+    run.trained = {name: torch.nn.Parameter(p.detach().to("meta")) for name, p in
+                   run.trained.items()}
+    run.restore()
+    devices = {(part, tensor.device.type) for name, p in run.trained.items()
+               for part, tensor in run.optimizers[name].state[p].items()}
+    assert devices == {("step", "cpu"), ("exp_avg", "meta"), ("exp_avg_sq", "meta"),
+                       ("momentum_buffer", "meta")}
+
+
 def test_lora_gets_the_whole_rate(start):
     """AdamW beside Muon takes a third of --lr; alone, under LoRA, it once took a third as well."""
     for name, rate in (("x.lora_A.weight", 1e-4), ("lm_head.weight", 1e-4)):
