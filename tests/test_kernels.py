@@ -351,6 +351,18 @@ def test_chunks(monkeypatch):
     assert error < 0.01 and worse > 0.03 and watch.seen > 1000
 
 
+@pytest.mark.parametrize("least, held", [(256, True), (8, False)])
+def test_large_logits_are_not_kept_for_backward(monkeypatch, least, held):
+    """Held for the whole pass, those of 6,400 tokens and 49,280 words are 1.3 GB."""
+    monkeypatch.setattr(kernels, "CHUNK", 0)
+    monkeypatch.setattr(kernels, "LEAST", least)
+    hidden, weight, targets, _ = scorer_inputs(64, 48, 96)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        kernels.token_logprobs(hidden, weight, targets)
+    assert any(x.ndim == 2 and x.shape[1] == 96 for x in saved) == held
+
+
 @pytest.mark.parametrize("least", [256, 8])
 def test_token_logprobs_under_autocast(monkeypatch, least):
     """Only the forward pass runs under autocast: backward's softmax was one of other logits."""
