@@ -6,6 +6,8 @@ import speed
 import torch
 from speed import in_turn, loss_ways, operations, peak
 
+import data
+import grpo
 import kernels
 
 
@@ -45,3 +47,13 @@ def test_measuring(rivals):
         "sampler", "GRPO step", "SFT step"]
     for _, values, floor, _ in rows:
         assert len(values) >= 1 + bool(rivals) and min(values) > 0 and floor > 0
+
+
+def test_a_grpo_step_has_its_optimizer(start, tmp_path):
+    """A random model's answers all got reward 0, and a step without a signal makes no update: what
+    was timed beside TRL's whole step was one without Muon and AdamW."""
+    run = speed.run_of(grpo, start, tmp_path, *"--prompts 2 --group 4 --max-new-tokens 24".split())
+    some = [data.world_example("train", i) for i in range(2)]
+    metrics = speed.grpo_step(run, some, run.processor.batch(some))
+    assert metrics["updates"] == 1 and metrics["grad_norm"] > 0
+    assert grpo.reward.__module__ == "grpo"
