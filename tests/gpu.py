@@ -419,9 +419,9 @@ def parser():
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--json", type=pathlib.Path, default=ROOT / "runs" / "gpu.json",
                       help="file for the rows, read at the start (default: runs/gpu.json)")
-    made.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS),
-                      help="the parts to do (default: all)")
-    made.add_argument("--again", nargs="+", choices=PARTS, default=[],
+    made.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", default=list(PARTS),
+                      help=f"the parts to do, of {', '.join(PARTS)} (default: all)")
+    made.add_argument("--again", nargs="+", choices=PARTS, metavar="PART", default=[],
                       help="parts to do again, though they are finished")
     return made
 
