@@ -409,8 +409,8 @@ PARTS = {           # name: seconds after which it measures nothing more, what i
     "sampling-2B": (15, lambda part: sampling(part, QWEN, QWEN_ROWS, False)),
     "kernels": (15, kernel_shares),
     "steps": (40, whole_steps),
-    **{"memory-" + "-".join(re.findall(r"[\w.]+", label)): (10, functools.partial(peaks, label=label))
-       for label in SHAPES},
+    **{"memory-" + "-".join(re.findall(r"[\w.]+", label)): (
+        10, functools.partial(peaks, label=label)) for label in SHAPES},
     "study": (240, study)}
 
 

@@ -31,6 +31,7 @@ class Fault(NamedTuple):
 STEP = "tests/test_grpo.py -k 'textbook or noise or seeds or masked or dropped or kl or trained'"
 LOOP = "tests/test_sft.py -k 'textbook or rate or lr or clip or validation or heart or order'"
 SAMPLER = "tests/test_kernels.py -k 'not compile'"
+CAPTURE = "tests/test_emulated.py -k 'captured or refresh or shape'"
 SCORE = "tests/test_model.py -k 'score or shared or end_mark or lora or adapters'"
 FAULTS = [
     # the wiring of a GRPO step, and its objective
@@ -298,10 +299,10 @@ FAULTS = [
     Fault("kernels.py", "large logits are held until backward",
           "    if len(hidden) > rows:", "    if False:", SAMPLER),
     Fault("kernels.py", "a graph outlives its buffers",
-          "self.graphs, self.cache = {}, None", "self.cache = None", SAMPLER),
+          "self.graphs, self.cache = {}, None", "self.cache = None", CAPTURE),
     Fault("kernels.py", "a graph knows the temperature it was captured at",
           "self.inverse_temperature.fill_(1 / (temperature or 1))",
-          "self.inverse_temperature = torch.full((1,), 1 / (temperature or 1))", SAMPLER),
+          "self.inverse_temperature = torch.full((1,), 1 / (temperature or 1))", CAPTURE),
     Fault("kernels.py", "a place is handed on with its old tokens visible",
           "        self.mask[groups] = NEGATIVE\n", "", SAMPLER),
     # the world, the rows and the tokens

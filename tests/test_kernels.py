@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -17,7 +16,6 @@ import pytest
 import torch
 from conftest import widen
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 import data
 import kernels
@@ -653,98 +651,6 @@ def test_step_can_be_captured(vlm):
     ids = sampler.ids.movedim(0, 2).flatten(0, 1)
     assert torch.equal(ids.where(expected.mask, 0), expected.ids)
     assert all(map(torch.equal, weights, vlm.model.parameters()))
-
-
-class Tape(TorchDispatchMode):
-    """A CUDA graph on a CPU: a replay runs the operations of the capture on the same memory, which
-    is all it knows. Capturing computes nothing; what it made is garbage after each replay."""
-    def __init__(self):
-        super().__init__()
-        self.tape, self.replays = [], 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function.overloadpacket.__name__ not in Watch.REFUSED, function
-        out = function(*args, **(kwargs or {}))
-        own = {x.untyped_storage().data_ptr() for x in tensors_in((args, kwargs))}
-        made = [x for x in tensors_in(out) if x.untyped_storage().data_ptr() not in own]
-        self.tape.append((function, args, kwargs or {}, made))
-        return out
-
-    def replay(self):
-        self.replays += 1
-        for function, args, kwargs, made in self.tape:
-            out = tensors_in(function(*args, **kwargs))
-            for old, new in zip(made, out[-len(made):] if made else []):
-                old.copy_(new)
-        for old in (old for *_, made in self.tape for old in made):
-            old.fill_(113)
-
-    @contextmanager
-    def capture(self, sampler):
-        buffers = [x for x in vars(sampler).values() if torch.is_tensor(x)]
-        before = [x.clone() for x in buffers]
-        with self:
-            yield
-        for buffer, old in zip(buffers, before):
-            buffer.copy_(old)
-
-
-def tensors_in(tree):
-    return [x for x in tree_flatten(tree)[0] if torch.is_tensor(x)]
-
-
-@pytest.fixture
-def taped(monkeypatch):
-    """-> a function that makes of a sampler one that captures and replays, on this machine too."""
-    def prepare(sampler):
-        sampler.on_gpu = True
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
-        monkeypatch.setattr(torch.cuda, "graph", lambda tape: tape.capture(sampler))
-        return sampler
-
-    monkeypatch.setattr(kernels, "WINDOW", 8)        # three windows of 24 steps
-    monkeypatch.setattr(kernels, "CHECK_EVERY", 4)
-    return prepare
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU captures graphs of its own")
-@pytest.mark.parametrize("rows", [1024, 16])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_replays_are_steps(vlm, taped, dtype, rows):
-    """A graph reads its buffers, not what Python held when it was captured: the temperature, the
-    seeds, the prompts, the number of tokens so far. Nor does it outlive its buffers."""
-    trained = SimpleNamespace(**{**vars(vlm), "model": copy.deepcopy(vlm.model)})
-    captured = taped(sampler_of(trained, dtype=dtype, rows=rows))
-    plain = sampler_of(trained, dtype=dtype, rows=rows, capture=False)
-    plain.on_gpu, made = True, set()
-    for group, new, temperature, late, prompts in (
-            (8, 24, 1.0, 4, vlm.batch.part(0, 1)),       # the same slots, in other buffers
-            (8, 24, 1.0, 0, vlm.batch), (8, 24, 0.0, 2, vlm.batch), (8, 24, 0.7, 1, vlm.alone[1]),
-            (8, 24, 1.0, 3, vlm.batch), (2, 20, 1.0, 0, vlm.batch), (1, 3, 1.0, 5, vlm.alone[0])):
-        with torch.no_grad():                        # a step of the trainer, in place
-            for weight in trained.model.parameters():
-                weight += 0.02 * torch.randn(weight.shape)
-        captured.refresh()
-        plain.refresh()
-        ask = prompts, group, new, temperature, vlm.seeds[:len(prompts.ids)] + late
-        got, expected = (vars(sampler.generate(*ask)) for sampler in (captured, plain))
-        assert all(map(torch.equal, got.values(), expected.values()))
-        made |= set(captured.graphs.values())
-    assert not plain.graphs and len(made) <= 3 + 3 + 3 + 1       # none for other numbers or seeds
-    assert sum(tape.replays for tape in made) > 60
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU captures graphs of its own")
-def test_all_end_at_once(vlm, taped):
-    """Where the first token ends every row, no more than one look's steps are made."""
-    model = copy.deepcopy(vlm.model)
-    model.lm_head.weight.data.zero_()
-    banned = torch.ones_like(vlm.banned).index_fill(0, torch.tensor([vlm.stop]), False)
-    sampler = taped(kernels.Sampler(model, banned, vlm.stop))
-    for _ in range(2):
-        rollouts = sampler.generate(vlm.batch, 2, 24)
-        assert rollouts.rows() == [[vlm.stop]] * 8 and rollouts.finished.all()
-        assert int(sampler.generated) == kernels.CHECK_EVERY
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")

@@ -589,7 +589,7 @@ def memory(raw, script, rank):
     total += tokens * c.num_hidden_layers * c.hidden_size * (4 if rank else 6)   # layers' inputs
     total += tokens * 2 * (8 * c.hidden_size + 4 * c.intermediate_size)    # one layer, run again
     chunk = max(kernels.CHUNK, kernels.LEAST * c.vocab_size)
-    head = 4 * c.vocab_size * c.hidden_size * (not rank)      # its gradient of one chunk
+    head = 2 * 4 * c.vocab_size * c.hidden_size * (not rank)  # a chunk's gradient, and the new sum
     return (total + head + 4 * 4 * chunk + 0.6e9) / 1e9       # chunks of logits; CUDA itself
 
 
