@@ -210,7 +210,7 @@ def explore(run, step, examples, prompts, responses):
     for start, stop in minibatches:
         whole = slice(start * c.group, stop * c.group)
         weights[whole] = token_weights(mask[whole], c.aggregation, c.max_new_tokens)
-        loss_sum = torch.zeros(())
+        loss_sum = 0.0
         run.zero_grad()
         for i, j in data.pieces(start, stop, c.micro_batch):
             rows = slice(i * c.group, j * c.group)
@@ -222,7 +222,7 @@ def explore(run, step, examples, prompts, responses):
                               advantage[rows], mask[rows], c)
             loss = (loss * weights[rows].type_as(loss)).sum()
             loss.backward()
-            loss_sum = loss_sum + loss.detach()
+            loss_sum += loss.detach()
         if not (advantage[whole] * mask[whole]).any():   # no signal; Muon makes of the KL's
             run.zero_grad()                              # small gradient a step as large as any
         norms.append(run.optimizer_step(loss_sum.item(), examples[start:stop]))

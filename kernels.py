@@ -323,7 +323,7 @@ class Sampler:
         c, head = self.model.config.text, self.model.lm_head.weight
         slot = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * head.element_size()
         start = width
-        if self.on_gpu:                              # so, no new capture; by 16, as attention likes
+        if self.on_gpu:                              # aligned; never less, so no new capture
             start = max(16 * math.ceil(width / 16), self.shape[3])
         fit = CACHE_BYTES // (slot * (start + N * G))
         groups = max(1, min(prompts, self.rows // G, fit))

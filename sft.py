@@ -90,7 +90,7 @@ def imitate(run, step, examples, prompts, responses):
     """One step on somebody's answers: responses [[id]], one for each example -> metrics."""
     c = run.config
     tokens = sum(map(len, responses))
-    loss_sum = entropy_sum = torch.zeros(())
+    loss_sum = entropy_sum = 0.0     # tensors then: a GPU is not waited for before the step ends
     run.zero_grad()
     for start, stop in data.pieces(0, len(examples), c.micro_batch):
         ids, lengths = data.pad_rows(responses[start:stop], run.processor.pad)
@@ -99,8 +99,8 @@ def imitate(run, step, examples, prompts, responses):
             logprob, entropy = run.model.score(prompts.part(start, stop).to(c.device), ids, mask)
         loss = imitation_loss(logprob, entropy, mask, c.weight) / tokens       # of the whole step
         loss.backward()
-        loss_sum = loss_sum + loss.detach()
-        entropy_sum = entropy_sum + entropy.sum()
+        loss_sum += loss.detach()
+        entropy_sum += entropy.sum()
     grad_norm = run.optimizer_step(loss_sum.item(), examples)
     return dict(loss=loss_sum.item(), grad_norm=grad_norm, updates=int(grad_norm > 0),
                 entropy=entropy_sum.item() / tokens, tokens=tokens)
