@@ -111,6 +111,19 @@ def score_plain(model, prompts, ids, mask, group=1, banned=None, temperature=1.0
     return logprob, entropy
 
 
+def picky_model():
+    """-> a tiny model that likes banned ids, and its end mark; its processor; what is banned. A
+    fresh layer is the identity: here all of them attend."""
+    import data
+    import model as models
+    model, processor = models.fresh("s", [data.base_example(i) for i in range(200)], 0)
+    banned = processor.banned(model.vocabulary) | (torch.arange(model.vocabulary) % 8 > 0)
+    model.lm_head.weight.data *= torch.where(banned, 30, 10)[:, None]
+    for weight in model.parameters():
+        weight.data += 0.2 * torch.randn(weight.shape) * (not weight.any())
+    return model, processor, banned
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """Of the tabletop's text, with the special tokens of every family."""

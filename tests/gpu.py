@@ -192,13 +192,6 @@ def test_file(part, path, chosen):
     part.row(f"{path}: skipped", counts.get("skipped", 0), "tests")
 
 
-def copy_speed():
-    """Bytes a second that a copy reads and writes, of more than any cache holds."""
-    source = torch.zeros(2 ** 30 if CUDA else 2 ** 26, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / in_turn(lambda: target.copy_(source))[0]
-
-
 def decode(sampler):
     """All steps of an answer, once `generate` has read the prompts."""
     with torch.inference_mode():
@@ -217,7 +210,7 @@ def bytes_a_step(sampler, width):
 
 
 def sampling(part, label, counts, with_generate):
-    moved = copy_speed()
+    moved = speed.copy_speed()
     part.row(f"{label}: a copy", moved / 1e9, "GB/s")
     with tempfile.TemporaryDirectory() as directory:
         loaded = saved(label, directory)

@@ -160,11 +160,17 @@ def grpo_step(run, examples, prompts, responses=None):
         return grpo.explore(run, 0, examples, prompts, responses)
 
 
+def copy_speed():
+    """Bytes a second that a copy reads and writes, of more than a GPU's cache holds."""
+    source = torch.zeros(2 ** 30 if CUDA else 2 ** 26, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / in_turn(lambda: target.copy_(source))[0]
+
+
 def machine():
     """-> operations a second of a large product, bytes a second that a large copy moves."""
     x = torch.randn(4096, 4096, device=DEVICE, dtype=DTYPE)
-    product, copied = in_turn(lambda: x @ x, x.clone)
-    return 2 * 4096 ** 3 / product, 2 * x.nbytes / copied
+    return 2 * 4096 ** 3 / in_turn(lambda: x @ x)[0], copy_speed()
 
 
 def measure_losses(row, rate, tokens=1024):

@@ -10,14 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, widen
+from conftest import ROOT, picky_model, widen
 from emulator import CUDA, Refused, emulated_cuda
 
 import data
 import evaluate
 import grpo
 import kernels
-import model as models
 import sft
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available() or sys.platform != "linux",
@@ -44,12 +43,8 @@ def device(monkeypatch):
 
 @pytest.fixture(scope="module")
 def vlm():
-    """A tiny model that likes banned ids, and its end mark; what it is asked, on the CPU."""
-    model, processor = models.fresh("s", [data.base_example(i) for i in range(200)], 0)
-    banned = processor.banned(model.vocabulary) | (torch.arange(model.vocabulary) % 8 > 0)
-    model.lm_head.weight.data *= torch.where(banned, 30, 10)[:, None]
-    for weight in model.parameters():            # a fresh layer is the identity: nothing attends
-        weight.data += 0.2 * torch.randn(weight.shape) * (not weight.any())
+    """A model, and what it is asked, on the CPU."""
+    model, processor, banned = picky_model()
     splits = dict(mixed=("test", "text"), pictures=("test",), words=("text",))
     batches = {kind: processor.batch([data.world_example(some[i % len(some)], i)
                                       for i in range(4)]) for kind, some in splits.items()}

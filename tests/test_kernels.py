@@ -14,12 +14,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import widen
+from conftest import picky_model, widen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import kernels
-import model as models
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS, DRAWS = [torch.float32, torch.bfloat16], 20_000
@@ -396,12 +395,8 @@ def test_frozen_head():
 
 @pytest.fixture(scope="module")
 def vlm():
-    """A tiny model that likes banned ids, and its end mark; half the prompts have pictures."""
-    model, processor = models.fresh("s", [data.base_example(i) for i in range(200)], 0)
-    banned = processor.banned(model.vocabulary) | (torch.arange(model.vocabulary) % 8 > 0)
-    model.lm_head.weight.data *= torch.where(banned, 30, 10)[:, None]
-    for weight in model.parameters():            # a fresh layer is the identity: nothing attends
-        weight.data += 0.2 * torch.randn(weight.shape) * (not weight.any())
+    """A model, and what it is asked; half the prompts have pictures."""
+    model, processor, banned = picky_model()
     examples = [data.world_example(("test", "text")[i % 2], i) for i in range(4)]
     batch, *alone = (processor.batch(some) for some in (examples, *([e] for e in examples)))
     ids = kernels.Sampler(model.to(DEVICE), banned, -1).generate(batch, 16, 12).ids
