@@ -292,16 +292,6 @@ def wilson(right, n, z=1.96):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def paired_bootstrap(first, second, draws=2000, seed=0):
-    """Mean difference of two models' marks on the same questions, with its 95 % interval."""
-    gaps = torch.tensor(first).float() - torch.tensor(second).float()
-    gaps = gaps.view(len(first), -1).mean(1)                                   # a question each
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(gaps), (draws, len(gaps)), generator=generator)
-    means = gaps[drawn].mean(1)
-    return gaps.mean().item(), means.quantile(0.025).item(), means.quantile(0.975).item()
-
-
 def pass_at_k(n, right, k):
     """Chance that one of k answers drawn from n, `right` of them right, is right."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
@@ -463,7 +453,6 @@ class CommonConfig:
 class Config(CommonConfig):
     """Options of evaluate.py; study has its own."""
     model: str = option("runs/grpo", "directory: a run's, or a downloaded checkpoint's")
-    against: str = option(None, "a second model on the same questions: paired bootstrap")
     split: str = option(None, "of the world: test,ood,text, train, val; of a file: all, train, val")
     limit: int = option(600, "questions per split", least=1)
     samples: int = option(1, "answers per question; above 1 also pass@k", least=1)
@@ -518,11 +507,6 @@ def main(c):
             passes = [f"pass@{k} {share:.1%}" for k, share in figures.get("pass_at", {}).items()]
             table.append([split, family, *columns(figures), " ".join(passes)])
     print(text_table(table))
-    if c.against:
-        others = grouped(answer_all(c.against, c), "split")
-        for split, mine in grouped(rows, "split").items():
-            gap, low, high = paired_bootstrap(marks(mine), marks(others[split]))
-            print(f"{split}: {c.model} minus {c.against}: {gap:+.1%} [{low:+.1%}, {high:+.1%}]")
 
 
 # ----------------------------------------------------------------------------------- the study

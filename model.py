@@ -329,7 +329,6 @@ class VLM(nn.Module):
                          connector=Connector(c.shuffle, c.vision.hidden_size, D))
         self.model = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(D, self.vocabulary, bias=False)
-        self.adapter = None          # PEFT's adapter_config.json, where the model has LoRA
         self.tie()
 
     @property
@@ -462,7 +461,7 @@ def without_adapters(model):
             layer.enabled = True
 
 
-def add_lora(model, rank, alpha, targets, base=None):
+def add_lora(model, rank, alpha, targets):
     """Freezes a model and adapts the decoder's linear layers whose names are among `targets`."""
     names = [name.strip() for name in targets.split(",")]
     model.requires_grad_(False)
@@ -471,10 +470,6 @@ def add_lora(model, rank, alpha, targets, base=None):
             model.decoder.set_submodule(name, LoRA(layer, rank, alpha))
     if not any(p.requires_grad for p in model.parameters()):
         raise CheckpointError(f"--lora-targets {targets}: no such layer as q_proj, up_proj, ...")
-    decoder = "language_model" if model.config.qwen else "text_model"
-    model.adapter = dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, lora_alpha=alpha,
-                         target_modules=rf".*{decoder}.*\.({'|'.join(names)})", lora_dropout=0.0,
-                         bias="none", base_model_name_or_path=base)
 
 
 # ------------------------------------------------------------------------------- load and save
@@ -554,7 +549,7 @@ def side_files(model, processor):
 
 
 def save_checkpoint(model, processor, directory):
-    """Writes what transformers, vLLM and TRL open: adapters merged; in adapter/ what peft opens."""
+    """Writes what transformers, vLLM and TRL open, adapters merged."""
     directory = pathlib.Path(directory)
     for name, text in side_files(model, processor).items():
         write_file(directory / name, text)
@@ -563,10 +558,6 @@ def save_checkpoint(model, processor, directory):
     stale = ("model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*")
     for old in [path for pattern in stale for path in directory.glob(pattern)]:
         old.unlink()                 # or other programs would read them
-    if model.adapter:
-        write_file(directory / "adapter" / "adapter_config.json", json.dumps(model.adapter))
-        write_file(directory / "adapter" / "adapter_model.safetensors", {
-            f"base_model.model.{n}": t for n, t in model.state_dict().items() if "lora_" in n})
 
 
 def read_file(read, path, default=None):

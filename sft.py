@@ -173,7 +173,7 @@ def trained_parameters(model, c):
     """{name: parameter} of what a run trains, after LoRA, --recompute and --freeze-vision."""
     if c.lora_rank:
         torch.manual_seed(c.seed)
-        add_lora(model, c.lora_rank, c.lora_alpha, c.lora_targets, c.init)
+        add_lora(model, c.lora_rank, c.lora_alpha, c.lora_targets)
     if c.recompute:
         recompute_activations(model)
     for name, p in model.named_parameters():

@@ -405,8 +405,8 @@ def test_other_families_on_the_device(checkpoint, tmp_path, device, monkeypatch,
 
 def test_evaluate_on_the_device(start, tmp_path, device):
     out = tmp_path / "rows.jsonl"
-    evaluate.main(evaluate.Config(model=str(start), against=str(start), device="cuda", limit=3,
-                                  samples=2, split="test,text", max_new_tokens=4, out=str(out)))
+    evaluate.main(evaluate.Config(model=str(start), device="cuda", limit=3, samples=2,
+                                  split="test,text", max_new_tokens=4, out=str(out)))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 12 and all(len(row["logprobs"]) == len(row["response_ids"]) for row in rows)
 

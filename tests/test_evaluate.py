@@ -634,19 +634,6 @@ def test_spearman():
     assert evaluate.spearman([1, 1, 1], [1, 2, 3]) is None
 
 
-def test_paired_bootstrap_covers():
-    """Its interval holds the true gap in about 95 % of draws, and is narrow for paired answers."""
-    pick, inside = torch.Generator().manual_seed(0), 0
-    for trial in range(200):
-        easy = torch.rand(150, generator=pick)
-        first = (torch.rand(150, generator=pick) < 0.5 * easy + 0.4).tolist()
-        second = (torch.rand(150, generator=pick) < 0.5 * easy + 0.3).tolist()
-        gap, low, high = evaluate.paired_bootstrap(first, second, 400, trial)
-        inside += low <= 0.1 <= high
-    assert 178 <= inside <= 199
-    assert evaluate.paired_bootstrap([1, 0] * 50, [1, 0] * 50) == (0, 0, 0)
-
-
 def test_summary_counts_questions_not_samples():
     """Every row of a file had the id 7, and five questions were one: a row's place tells them
     apart. What was not parsed has its own figure."""
@@ -673,8 +660,7 @@ def test_rows_of_an_evaluation(tmp_path, directory, capsys):
     """The names that other tools rely on; log-probs are those of the trainer's scorer."""
     out = tmp_path / "rows.jsonl"
     evaluate.main(evaluate.Config(model=str(directory), split="test,text", limit=7, samples=2,
-                                  max_new_tokens=6, out=str(out), device="cpu",
-                                  against=str(directory)))
+                                  max_new_tokens=6, out=str(out), device="cpu"))
     rows = data.read_jsonl(out)
     assert len(rows) == 28 and [r["id"] for r in rows[:3]] == ["test/0", "test/0", "test/1"]
     assert {"id", "prompt_ids", "response_ids", "logprobs", "prompt", "response", "answer",
@@ -689,7 +675,7 @@ def test_rows_of_an_evaluation(tmp_path, directory, capsys):
                              banned=processor.banned(model.vocabulary))
     assert torch.allclose(logprob, torch.tensor([row["logprobs"]]), atol=1e-4)
     said = capsys.readouterr().out
-    assert "pass@2" in said and "location" in said and "+0.0% [+0.0%, +0.0%]" in said
+    assert "pass@2" in said and "location" in said
     assert "test: 7 of 20000 questions" in said and "| parsed |" in said
 
 

@@ -519,8 +519,6 @@ def test_what_is_frozen_stays(tmp_path, start, more, moved):
             if any(part in name for name in changed)} == moved
     if "lora_rank" in more:
         assert all("q_proj" in name or "up_proj" in name for name in changed)
-        adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-        assert len(adapter) == 2 * 2 * 3
 
 
 def smolvlm(hidden, inter, layers, heads, kv_heads, vocabulary, theta, image, shuffle, **vision):
