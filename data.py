@@ -589,12 +589,6 @@ class Batch:
                      self.counts[start:stop])
 
 
-def pieces(start, stop, size):
-    """[(first, last + 1)] of the passes over start..stop, `size` at a time; 0: all at once."""
-    size = size or max(1, stop - start)
-    return [(first, min(first + size, stop)) for first in range(start, stop, size)]
-
-
 def pad_rows(rows, pad):
     """[[id]] -> (B, T) padded on the right, (B,) lengths."""
     lengths = [len(row) for row in rows]

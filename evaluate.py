@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from kernels import Sampler
+from kernels import QUIET, RANK, WORLD, Sampler, pieces
 from model import CheckpointError, load_checkpoint, read_json, write_file
 
 # ----------------------------------------------------------------------------------- the grader
@@ -253,10 +253,6 @@ def judge(answer, example):
     return False if kind(BOX_2D.sub(r"\1", NAMED.fullmatch(answer)[2])) else None
 
 
-def is_right(answer, gold, choices=None, question="", box=False):
-    return judge(answer, data.Example("", question, gold, choices=choices, box=box)) is True
-
-
 def check_gold(example):
     """Raises a DataError for a gold answer that not even itself equals, or that is no choice."""
     gold, choices = example.answer, [clean(choice) for choice in example.choices or ()]
@@ -361,10 +357,10 @@ def summaries(rows):
 def evaluate(sampler, processor, examples, split="", samples=1, temperature=0.0, new_tokens=48,
              seed=0):
     """Answers and grades every example -> rows, one for each answer, in order."""
-    rows, at_once = [], max(1, 256 // samples)       # questions: some 256 answers a batch
-    batches = [range(*piece) for piece in data.pieces(0, len(examples), at_once)]
+    rows, at_once = [], max(1, 256 * WORLD // samples)   # questions: some 256 answers a process
+    batches = [range(*piece) for piece in pieces(0, len(examples), at_once)]
     prepared = processor.prefetch(examples, batches, sampler.device.type)
-    for indices, (asked, prompts, _) in zip(tqdm(batches, split, leave=False, disable=None),
+    for indices, (asked, prompts, _) in zip(tqdm(batches, split, leave=False, disable=QUIET),
                                             prepared):
         seeds = torch.tensor(indices) + seed * 1_000_003
         rollouts = sampler.generate(prompts, samples, new_tokens, temperature, seeds)
@@ -410,9 +406,17 @@ def parse(Config, argv=None, doc=""):
 
 
 def run_script(main, Config, doc, argv=None):
-    """Runs main(config); what the user can mend ends as one clear line, not as a traceback."""
+    """Runs main(config); what the user can mend ends as one clear line, not as a traceback. Of
+    several processes the first talks."""
+    config = parse(Config, argv, doc)
+    if WORLD > 1:
+        torch.distributed.init_process_group()
+    if config.device == "cuda":
+        torch.cuda.set_device(RANK % torch.cuda.device_count())
+    if RANK > 0:
+        sys.stdout = io.StringIO()
     try:
-        main(parse(Config, argv, doc))
+        main(config)
     except (data.DataError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -421,6 +425,8 @@ def run_script(main, Config, doc, argv=None):
 
 def run_command(command):
     """Prints a command and runs it with the script beside this file."""
+    if WORLD > 1:
+        sys.exit(f"error: first, as one process: {command}")
     print(f"\n$ {command}", flush=True)
     script, *options = shlex.split(command)[1:]
     process = subprocess.Popen([sys.executable, pathlib.Path(__file__).with_name(script), *options])
@@ -497,7 +503,7 @@ def text_table(rows):
 
 def main(c):
     rows = list(answer_all(c.model, c))
-    if c.out:                        # which may be a link or a pipe: written, not replaced
+    if c.out and RANK == 0:          # it may be a link or a pipe: written, not replaced
         pathlib.Path(c.out).parent.mkdir(parents=True, exist_ok=True)
         pathlib.Path(c.out).write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = [["split", "family", *COLUMNS, "pass"]]

@@ -22,9 +22,8 @@ from dataclasses import dataclass
 
 import torch
 
-import data
 from evaluate import grade, load_examples, mean, option, run_script
-from kernels import Rollouts
+from kernels import own_pieces, pieces, summed
 from model import CheckpointError, without_adapters
 from sft import Run, RunConfig, starting_model
 
@@ -137,16 +136,9 @@ class Config(RunConfig):
                 setattr(self, name, value)
 
 
-@dataclass
-class Experience:
-    """What a step learns from: R = B * G answers, in the order of the questions."""
-    rollouts: Rollouts
-    mask: torch.Tensor               # (R, N) tokens that the loss counts: see --filter, --overlong
-    advantage: torch.Tensor          # (R, 1)
-
-
 def rollout(run, step, examples, prompts):
-    """Samples a group of answers to each question and rewards them -> Experience, metrics."""
+    """Samples a group of answers to each question and rewards them -> Rollouts of R = B * G rows,
+    the tokens that the loss counts (R, N), the advantage of each row (R, 1), metrics."""
     c, begin = run.config, time.perf_counter()
     run.sampler.refresh()
     seeds = torch.arange(len(examples)) + c.prompts * (step + 1_000_003 * c.seed)
@@ -171,7 +163,7 @@ def rollout(run, step, examples, prompts):
         truncated=1 - rollouts.finished.float().mean().item(),
         grader_failures=len(parts) - len(known), rollout_seconds=round(seconds, 4),
         tokens_per_second=rollouts.lengths.sum().item() / seconds)
-    return Experience(rollouts, mask, advantage.to(c.device)), metrics
+    return rollouts, mask, advantage.to(c.device), metrics
 
 
 def score_answers(run, model, prompts, rollouts, start, stop):
@@ -186,8 +178,11 @@ def score_answers(run, model, prompts, rollouts, start, stop):
 @torch.no_grad()
 def fixed_logprobs(run, model, prompts, rollouts):
     """Log-probs of all answers under a model, without gradient. -> (R, N)"""
-    pieces = data.pieces(0, len(prompts.ids), run.config.micro_batch)
-    return torch.cat([score_answers(run, model, prompts, rollouts, *piece)[0] for piece in pieces])
+    c, logprobs = run.config, torch.zeros_like(rollouts.logprobs)
+    for start, stop in own_pieces(0, len(prompts.ids), c.micro_batch):
+        rows = slice(start * c.group, stop * c.group)
+        logprobs[rows], _ = score_answers(run, model, prompts, rollouts, start, stop)
+    return summed(logprobs)
 
 
 def explore(run, step, examples, prompts, responses):
@@ -196,28 +191,26 @@ def explore(run, step, examples, prompts, responses):
     each token: of the policy that learns, of the policy as it was (old), of the sampler (the same
     but for rounding). Loss and gradient norm are logged of the last minibatch."""
     c, B = run.config, len(examples)
-    experience, metrics = rollout(run, step, examples, prompts)
-    rollouts, mask, advantage = experience.rollouts, experience.mask, experience.advantage
-    minibatches = data.pieces(0, B, math.ceil(B / c.minibatches))
+    rollouts, mask, advantage, metrics = rollout(run, step, examples, prompts)
+    minibatches = pieces(0, B, math.ceil(B / c.minibatches))
     weights = torch.zeros_like(rollouts.logprobs, dtype=torch.double)          # (R, N)
-    new, old, reference, entropy = (torch.zeros_like(rollouts.logprobs) for _ in range(4))
+    new, reference, entropy = (torch.zeros_like(rollouts.logprobs) for _ in range(3))
+    old = new                        # with one minibatch the policy is the old policy
     norms = []                       # of the gradients
     if run.reference is not None:
         with without_adapters(run.reference) as initial:
             reference = fixed_logprobs(run, initial, prompts, rollouts)
-    if len(minibatches) > 1:         # with one, the policy is the old policy
+    if len(minibatches) > 1:
         old = fixed_logprobs(run, run.model, prompts, rollouts)
     for start, stop in minibatches:
         whole = slice(start * c.group, stop * c.group)
         weights[whole] = token_weights(mask[whole], c.aggregation, c.max_new_tokens)
-        loss_sum = 0.0
+        loss_sum = torch.zeros((), device=c.device)
         run.zero_grad()
-        for i, j in data.pieces(start, stop, c.micro_batch):
+        for i, j in own_pieces(start, stop, c.micro_batch):
             rows = slice(i * c.group, j * c.group)
             logprob, entropy[rows] = score_answers(run, run.model, prompts, rollouts, i, j)
             new[rows] = logprob.detach()
-            if len(minibatches) == 1:
-                old[rows] = logprob.detach()
             loss = token_loss(logprob, old[rows], rollouts.logprobs[rows], reference[rows],
                               advantage[rows], mask[rows], c)
             loss = (loss * weights[rows].type_as(loss)).sum()
@@ -225,7 +218,9 @@ def explore(run, step, examples, prompts, responses):
             loss_sum += loss.detach()
         if not (advantage[whole] * mask[whole]).any():   # no signal; Muon makes of the KL's
             run.zero_grad()                              # small gradient a step as large as any
-        norms.append(run.optimizer_step(loss_sum.item(), examples[start:stop]))
+        norms.append(run.optimizer_step(summed(loss_sum).item(), examples[start:stop]))
+    summed(new)                      # each process has filled its own rows
+    summed(entropy)
     counted = rollouts.mask
     gap = (old - rollouts.logprobs).abs()[counted]   # between sampler and trainer
     gap_mean = gap.mean().item()

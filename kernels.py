@@ -11,9 +11,11 @@ Sizes are those of model.py; S slots are the length of a group's cache.
 import copy
 import functools
 import math
+import os
 from dataclasses import dataclass
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -26,14 +28,34 @@ except ImportError:                  # a CPU build of torch comes without triton
 NEGATIVE = -1e30                     # the logit of a banned token; finite, so that 0 * it is 0
 
 
-def widened(x):
-    """At least fp32: norms, softmax and sampling are computed in it."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def length_mask(lengths, width=None):
     """lengths (B,) -> (B, width) True in the first lengths[b] columns. width None: the longest."""
     return torch.arange(width or int(lengths.max()), device=lengths.device) < lengths[:, None]
+
+
+# ------------------------------------------------------------- several processes, by torchrun
+# All hold the same model and the same step. Each answers and scores its share of the questions, and
+# leaves zeros in the others' rows: `summed`, the tensors are whole again, in every process.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+QUIET = RANK > 0 or None             # for tqdm, to which None is: where nobody looks
+
+
+def summed(tensor):
+    """Its sum over the processes, in place."""
+    if WORLD > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def pieces(start, stop, size):
+    """[(first, last + 1)] of the passes over start..stop, `size` at a time; 0: all at once."""
+    size = size or max(1, stop - start)
+    return [(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
+def own_pieces(start, stop, size):
+    """Those of `pieces` that are this process's."""
+    return pieces(start, stop, size or math.ceil((stop - start) / WORLD))[RANK::WORLD]
 
 
 def on_cuda(launch):
@@ -150,7 +172,7 @@ def rotate_and_store_triton(q, k, v, cos, sin, keys, values, slots):
     rotate_and_store_kernel[(R, H + K)](
         q, k, v, cos, sin, keys, values, slots, out,
         S=keys.stride(0) // keys.stride(1),          # keys may be the first slots of a longer cache
-        G=R // len(keys), H=H, K=K, E=E, BLOCK=triton.next_power_of_2(E))
+        G=R // len(keys), H=H, K=K, E=E, BLOCK=triton.next_power_of_2(E), num_warps=1)
     return out
 
 
@@ -221,7 +243,8 @@ def chunk_logprobs(hidden, weight, targets, banned, scale):
     device, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    logits = widened(hidden.to(dtype) @ weight.to(dtype).T).mul_(scale)        # (rows, V)
+    logits = hidden.to(dtype) @ weight.to(dtype).T                             # (rows, V)
+    logits = logits.to(torch.promote_types(dtype, torch.float32)).mul_(scale)
     if banned is not None:
         logits = logits.masked_fill_(banned, NEGATIVE)
     logp = logits.log_softmax(-1)
@@ -306,13 +329,13 @@ class Sampler:
         logprobs = torch.zeros(B, group, new_tokens, device=self.device)
         ids = torch.zeros_like(logprobs, dtype=torch.long)
         with torch.inference_mode():
-            groups = self.reserve(B, group, new_tokens, T)
+            groups = self.reserve(math.ceil(B / WORLD), group, new_tokens, T)
             self.inverse_temperature.fill_(1 / (temperature or 1))
             self.noisy.fill_(temperature > 0)
-            for start in range(0, B, groups):            # answered at a time
-                part = slice(start, min(start + groups, B))
-                ids[part], logprobs[part] = self.answer(prompts.part(start, part.stop), seeds[part])
-        ids, logprobs = ids.flatten(0, 1), logprobs.flatten(0, 1)              # (R, N)
+            for start, stop in own_pieces(0, B, groups):         # answered at a time
+                part = slice(start, stop)
+                ids[part], logprobs[part] = self.answer(prompts.part(start, stop), seeds[part])
+        ids, logprobs = (summed(x).flatten(0, 1) for x in (ids, logprobs))     # (R, N)
         stops = ids == self.stop
         ended = stops.cumsum(1) - stops.long() > 0   # after the first end mark: they went on
         return Rollouts(ids.masked_fill(ended, 0), (~ended).sum(1), logprobs.masked_fill(ended, 0),
@@ -352,9 +375,9 @@ class Sampler:
         """Reads at most as many prompts as there is room for, and steps until all have ended.
         -> ids, log-probs (B, G, N)"""
         B, N = len(prompts.ids), self.shape[2]
-        for start in range(0, B, PROMPTS_AT_ONCE):
-            part = slice(start, min(start + PROMPTS_AT_ONCE, B))
-            self.admit(prompts.part(start, part.stop), part, seeds[part])
+        for start, stop in pieces(0, B, PROMPTS_AT_ONCE):
+            part = slice(start, stop)
+            self.admit(prompts.part(start, stop), part, seeds[part])
         self.generated.zero_()
         check_every = CHECK_EVERY if self.on_gpu else 1
         for steps in range(1, N + 1):

@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import data
-from kernels import length_mask, rotary, token_logprobs
+from kernels import RANK, length_mask, rotary, token_logprobs
 
 # Fresh layers are the identity, tokens as large as pieces of picture: what attends knows itself.
 SPREAD = dict(embed_tokens=0.6, lm_head=0.02, position_embedding=0.02, o_proj=0.0, down_proj=0.0,
@@ -481,7 +481,10 @@ def read_json(path):
 
 
 def write_file(path, content):
-    """A text, or {name: tensor}; whenever it is killed, a reader sees the old file or the new."""
+    """A text, or {name: tensor}; whenever it is killed, a reader sees the old file or the new.
+    Of several processes the first writes."""
+    if RANK > 0:
+        return
     new = pathlib.Path(f"{path}.new")
     new.parent.mkdir(parents=True, exist_ok=True)
     if not isinstance(content, str):
@@ -557,7 +560,7 @@ def save_checkpoint(model, processor, directory):
         name: tensor.to("cpu", model.config.dtype) for name, tensor in hub_state(model).items()})
     stale = ("model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*")
     for old in [path for pattern in stale for path in directory.glob(pattern)]:
-        old.unlink()                 # or other programs would read them
+        old.unlink(missing_ok=True)  # or other programs would read them
 
 
 def read_file(read, path, default=None):

@@ -18,6 +18,7 @@ world instead of sampled from a larger model.
 import hashlib
 import json
 import math
+import os
 import pathlib
 import re
 import signal
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 import data
 from evaluate import CommonConfig, evaluate, load_examples, option, run_command, run_script, summary
-from kernels import Sampler, length_mask
+from kernels import QUIET, RANK, WORLD, Sampler, length_mask, own_pieces, summed
 from model import (SIZES, CheckpointError, add_lora, fresh, load_checkpoint, read_file, read_json,
                    recompute_activations, save_checkpoint, write_file)
 
@@ -90,20 +91,20 @@ def imitate(run, step, examples, prompts, responses):
     """One step on somebody's answers: responses [[id]], one for each example -> metrics."""
     c = run.config
     tokens = sum(map(len, responses))
-    loss_sum = entropy_sum = 0.0     # tensors then: a GPU is not waited for before the step ends
+    sums = torch.zeros(2, device=c.device)       # of loss and entropy: a GPU is not waited for
     run.zero_grad()
-    for start, stop in data.pieces(0, len(examples), c.micro_batch):
+    for start, stop in own_pieces(0, len(examples), c.micro_batch):
         ids, lengths = data.pad_rows(responses[start:stop], run.processor.pad)
         ids, mask = ids.to(c.device), length_mask(lengths.to(c.device))        # (B, N)
         with run.autocast():
             logprob, entropy = run.model.score(prompts.part(start, stop).to(c.device), ids, mask)
         loss = imitation_loss(logprob, entropy, mask, c.weight) / tokens       # of the whole step
         loss.backward()
-        loss_sum += loss.detach()
-        entropy_sum += entropy.sum()
-    grad_norm = run.optimizer_step(loss_sum.item(), examples)
-    return dict(loss=loss_sum.item(), grad_norm=grad_norm, updates=int(grad_norm > 0),
-                entropy=entropy_sum.item() / tokens, tokens=tokens)
+        sums += torch.stack([loss.detach(), entropy.sum()])
+    loss, entropy = summed(sums).tolist()
+    grad_norm = run.optimizer_step(loss, examples)
+    return dict(loss=loss, grad_norm=grad_norm, updates=int(grad_norm > 0),
+                entropy=entropy / tokens, tokens=tokens)
 
 
 def training_examples(c):
@@ -274,7 +275,8 @@ class Run:
         self.open_directory()
         self.sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop,
                                torch.bfloat16 if config.device == "cuda" else None)
-        self.metrics = open(self.out / "metrics.jsonl", "a", buffering=1)
+        path = os.devnull if RANK > 0 else self.out / "metrics.jsonl"
+        self.metrics = open(path, "a", buffering=1)
 
     def open_directory(self):
         """Takes OUT: a new one, or with --resume the run there, where its options are the same."""
@@ -290,6 +292,7 @@ class Run:
             if name in stored and stored[name] != value and not may_change:
                 sys.exit(f"error: --{name.replace('_', '-')} was {stored[name]!r} in {self.out}, "
                          f"is {value!r}: another schedule or data; choose another --out")
+        summed(torch.zeros(1))       # all processes have looked before one of them writes
         write_file(path, json.dumps(self.options, indent=1))
         rows = []
         if c.resume and self.state.exists():
@@ -337,6 +340,9 @@ class Run:
     def optimizer_step(self, loss, examples):
         """Clips the gradient and follows it -> its norm. Stops where that, or the loss, is not a
         number, and names the examples."""
+        if WORLD > 1:                # a process that had no pass has no gradient
+            for p in self.trained.values():
+                p.grad = summed(torch.zeros_like(p) if p.grad is None else p.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             ids = ", ".join(example.id for example in examples)
@@ -377,7 +383,8 @@ class Run:
         if self.step == 0:           # what would fail at the first save fails before the first step
             save_checkpoint(self.model, self.processor, self.out)
             self.validate()
-        bar = tqdm(range(self.step, c.steps), c.out, initial=self.step, total=c.steps, disable=None)
+        bar = tqdm(range(self.step, c.steps), c.out, initial=self.step, total=c.steps,
+                   disable=QUIET)
         for step in bar:
             begin = time.perf_counter()
             batch = next(prepared)
@@ -386,12 +393,12 @@ class Run:
             self.step, seconds = step + 1, time.perf_counter() - begin
             self.log(step=self.step, **metrics, waited=waited, seconds=seconds)
             bar.set_postfix({name: f"{value:.3g}" for name, value in list(metrics.items())[:4]})
-            last = self.step == c.steps
+            last, stopped = self.step == c.steps, summed(torch.tensor(len(interrupted)))
             if last or c.eval_every and self.step % c.eval_every == 0:
                 self.validate()
-            if last or interrupted or self.step % c.save_every == 0 or self.is_kept():
+            if last or stopped or self.step % c.save_every == 0 or self.is_kept():
                 self.save()
-            if interrupted:
+            if stopped:
                 sys.exit(f"stopped after step {self.step}; saved; go on with --resume")
         signal.signal(signal.SIGINT, before)
         write_file(self.out / "run.json", json.dumps(self.options | dict(finished=True), indent=1))

@@ -33,6 +33,7 @@ LOOP = "tests/test_sft.py -k 'textbook or rate or lr or clip or validation or he
 SAMPLER = "tests/test_kernels.py -k 'not compile'"
 CAPTURE = "tests/test_emulated.py -k 'captured or refresh or shape'"
 SCORE = "tests/test_model.py -k 'score or shared or end_mark or lora or adapters'"
+PROCESSES = "tests/test_processes.py"
 FAULTS = [
     # the wiring of a GRPO step, and its objective
     Fault("grpo.py", "answers graded against another question",
@@ -71,8 +72,12 @@ FAULTS = [
     Fault("grpo.py", "finished answers are masked, not the cut ones",
           "mask & rollouts.finished", "mask & ~rollouts.finished", STEP),
     Fault("grpo.py", "a step without its optimizer",
-          "norms.append(run.optimizer_step(loss_sum.item(), examples[start:stop]))",
+          "norms.append(run.optimizer_step(summed(loss_sum).item(), examples[start:stop]))",
           "norms.append(1.0)", STEP),
+    Fault("grpo.py", "a process knows its own log-probs alone",
+          "    summed(new) ", "    new ", PROCESSES),
+    Fault("grpo.py", "a process knows its own reference alone",
+          "return summed(logprobs)", "return logprobs", PROCESSES),
     Fault("grpo.py", "the policy minimises its reward",
           "return -torch.minimum(w * advantage, clipped * advantage)",
           "return torch.minimum(w * advantage, clipped * advantage)"),
@@ -168,6 +173,12 @@ FAULTS = [
     Fault("sft.py", "resume forgets the optimizer",
           'self.optimizers[name].state[p][part] = tensor.to(p.device if tensor.ndim else "cpu")',
           "pass", 'tests/test_sft.py -k killed'),
+    Fault("sft.py", "each process follows its own gradient",
+          "p.grad = summed(", "p.grad = (", PROCESSES),
+    Fault("sft.py", "one process stops alone",
+          "summed(torch.tensor(len(interrupted)))", "len(interrupted)", PROCESSES),
+    Fault("sft.py", "every process writes metrics",
+          "os.devnull if RANK > 0 else self.out", "os.devnull if False else self.out", PROCESSES),
     Fault("sft.py", "a run is overwritten",
           "not c.resume and metrics.exists()", "False", "tests/test_sft.py -k second_run"),
     Fault("sft.py", "a loss that is not finite goes on",
@@ -204,7 +215,7 @@ FAULTS = [
     Fault("model.py", "tokens of other files are not read",
           "tokenizer.add_tokens([AddedToken(**token)])", "pass"),
     Fault("model.py", "old shards stay beside new weights",
-          "        old.unlink()", "        pass"),
+          "        old.unlink(missing_ok=True)", "        pass"),
     Fault("model.py", "another arithmetic loads",
           "        if part.get(key, only) != only:", "        if False:"),
     Fault("model.py", "weights that are not finite load",
@@ -271,6 +282,10 @@ FAULTS = [
           "banned, 1 / (temperature or 1))", "banned, 1)", SAMPLER),
     Fault("kernels.py", "no noise: always the likeliest token",
           "self.noisy.fill_(temperature > 0)", "self.noisy.fill_(False)", SAMPLER),
+    Fault("kernels.py", "every process makes every pass",
+          "[RANK::WORLD]", "[::1]", PROCESSES),
+    Fault("kernels.py", "a process knows its own rollouts alone",
+          "(summed(x).flatten", "(x.flatten", PROCESSES),
     Fault("kernels.py", "every member of a group gets the same noise",
           "mix(seeds ^ mix(member + 0x5EED))", "mix(seeds ^ mix(0 * member + 0x5EED))", SAMPLER),
     Fault("kernels.py", "the same noise at every token",

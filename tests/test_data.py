@@ -1007,14 +1007,6 @@ def test_qwen_prompts_are_those_of_its_template(tokenizer, question, sizes, syst
         after = max(place)
 
 
-@pytest.mark.parametrize("arguments, expected", [
-    ((0, 7, 3), [(0, 3), (3, 6), (6, 7)]), ((4, 8, 2), [(4, 6), (6, 8)]), ((2, 7, 0), [(2, 7)]),
-    ((2, 7, 99), [(2, 7)]), ((0, 0, 3), []), ((0, 0, 0), [])])
-def test_pieces(arguments, expected):
-    """Every index once, in order: a pass that is left out is an example that is not learnt."""
-    assert data.pieces(*arguments) == expected
-
-
 @pytest.mark.parametrize("family", [None, "qwen2_vl"])
 def test_a_part_of_a_batch_is_the_batch_of_the_part(family, checkpoint, start):
     """Steps once decoded every picture again for each of their parts; now they cut the batch."""

@@ -285,7 +285,7 @@ def test_truth(row):
     gold, right, wrong, question, choices = (*row, "", None)[:5]
     for expected, answers in ((True, right), (False, wrong)):
         for answer in answers:
-            assert evaluate.is_right(answer, gold, choices, question) == expected, answer
+            assert is_right(answer, gold, choices, question) == expected, answer
 
 
 @pytest.mark.parametrize("rows, least", [(TRUTH + MORE, 800), (MISREAD, 200)])
@@ -309,10 +309,10 @@ UNITS = [("mm", "millimeters"), ("cm", "centimetres"), ("m", "metre"), ("km", "k
 def test_units(unit, spelled):
     """«3 kg» for the gold 3 was wrong, for only lengths were units; «3 g» for 3 kg stays wrong."""
     for right, gold in itertools.permutations(["7", f"7 {unit}", f"7 {spelled}", f"7{unit}"], 2):
-        assert evaluate.is_right(right, gold), (right, gold)
+        assert is_right(right, gold), (right, gold)
     others = [other for other, _ in UNITS if other != unit]
     for wrong in [*(f"7 {other}" for other in others), f"7 {unit}^2", f"8 {unit}", f"7 {unit} 7"]:
-        assert not evaluate.is_right(wrong, f"7 {unit}"), wrong
+        assert not is_right(wrong, f"7 {unit}"), wrong
 
 
 @pytest.mark.parametrize("name, sign", [
@@ -322,8 +322,8 @@ def test_units(unit, spelled):
 def test_latex_reads_as_its_sign(name, sign):
     """«a ≤ b» was wrong for the gold «a \\le b», and the other way round."""
     for latex in (rf"a \{name} b", rf"$a\{name} b$", rf"\(a \{name}  b\)"):
-        assert evaluate.is_right(latex, f"a {sign} b") and evaluate.is_right(f"a {sign} b", latex)
-        assert not evaluate.is_right(latex, "a b") and not evaluate.is_right("b", latex)
+        assert is_right(latex, f"a {sign} b") and is_right(f"a {sign} b", latex)
+        assert not is_right(latex, "a b") and not is_right("b", latex)
 
 
 RULES = [(name, i) for name in ("PLAIN", "FORMULA") for i in range(len(getattr(evaluate, name)))]
@@ -347,6 +347,11 @@ def test_sign(sign, plain):
     plain = plain if isinstance(plain, str) else chr(plain)
     assert evaluate.clean(f"7{chr(sign)}8") == f"7{plain}8"
 
+
+
+def is_right(answer, gold, choices=None, question="", box=False):
+    example = data.Example("", question, gold, choices=choices, box=box)
+    return evaluate.judge(answer, example) is True
 
 def test_unicode_is_plain_but_exponents_stay_exponents():
     assert evaluate.clean("Ｙｅｓ\u00a0５") == "yes 5"
@@ -396,7 +401,7 @@ def test_bounds(text):
     assert evaluate.number(text) is None
     assert evaluate.number(evaluate.clean(text)) is None or text in ("5,", "5**")
     assert time.process_time() - begin < 1
-    assert evaluate.is_right(text, "5") in (True, False)
+    assert is_right(text, "5") in (True, False)
 
 
 @pytest.mark.parametrize("depth", [evaluate.MAX_DEPTH, evaluate.MAX_DEPTH + 1])
@@ -407,14 +412,14 @@ def test_depth(depth):
 def test_largest_and_longest():
     """Numbers over 10¹² were texts, and 1,000,000,000,001 was not 1000000000001."""
     assert evaluate.number("1" + "0" * 100) and not evaluate.number("1" + "0" * 99 + "1")
-    assert evaluate.is_right("5" + " " * 399, "5") and not evaluate.is_right("5" + " " * 400, "5")
+    assert is_right("5" + " " * 399, "5") and not is_right("5" + " " * 400, "5")
     assert evaluate.number("5" + " " * 399) and not evaluate.number("5" + " " * 400)
 
 
 def test_repeating_the_question_is_wrong():
     for gold, _, _, *asked in ROWS:
         if asked and asked[0]:
-            assert not evaluate.is_right(asked[0], gold, *asked[1:] or [None], asked[0])
+            assert not is_right(asked[0], gold, *asked[1:] or [None], asked[0])
 
 
 @pytest.mark.parametrize("text, answer", [
@@ -451,10 +456,10 @@ def test_real_answers():
         found, unit = evaluate.number(evaluate.clean(gold))
         assert math.isclose(found, value, rel_tol=1e-6, abs_tol=1e-6) and unit == "", gold
         for right in (gold, f"x = {gold}", f"{value:.6f}", rf"\boxed{{{gold}}}"):
-            assert evaluate.is_right(right, gold, None, question), (right, gold)
+            assert is_right(right, gold, None, question), (right, gold)
         for wrong in (f"{1.02 * value + 1:.6f}", f"{-value - 1:.6f}", gold + " or 3", f"({gold}",
                       f"({gold})*2 + 1", f"{gold} {gold}", question):
-            assert not evaluate.is_right(wrong, gold, None, question), (wrong, gold)
+            assert not is_right(wrong, gold, None, question), (wrong, gold)
 
 
 PIECES = [*"()()()[]{}+-*/^.,%=$° \\", *"0123456789", r"\frac", r"\frac{1}{2}", r"\sqrt", "sqrt(",
@@ -494,7 +499,7 @@ def test_grader_survives_anything():
             sound = evaluate.judge(said, data.Example("", TENTH * (i % 2), gold, box=i % 11 == 0))
             assert sound in (True, False, None)
         else:
-            evaluate.is_right(text, "4", [*CHOICES, text])
+            is_right(text, "4", [*CHOICES, text])
             assert evaluate.grade(text, example, pick.choice(["tags", "boxed"])).steps is not None
         longest = max(longest, time.process_time() - begin)
     assert longest < 1
@@ -509,8 +514,8 @@ def test_grader_survives_one_thing_again_and_again(piece):
     for end in ("", "5", "=", ")" * 200):
         text = (piece * 400)[:400 - len(end)] + end
         for answer, gold in ((text, "5"), ("5", text), (text, text)):
-            assert evaluate.is_right(answer, gold) in (True, False)
-            assert evaluate.is_right(answer, gold, [gold, "7"]) in (True, False)
+            assert is_right(answer, gold) in (True, False)
+            assert is_right(answer, gold, [gold, "7"]) in (True, False)
     assert time.process_time() - begin < 5
 
 
@@ -544,8 +549,8 @@ def test_a_row_may_say_that_it_is_a_box():
     """`"solution": [1, 2, 30, 40]` is compared by overlap, whatever its question says; the same
     text is not: it may be a list."""
     for box in (True, False):
-        assert evaluate.is_right("[2, 2, 30, 40]", BOX, None, "Where is the dog?", box) == box
-        assert evaluate.is_right(BOX, BOX, None, "Where is the dog?", box)
+        assert is_right("[2, 2, 30, 40]", BOX, None, "Where is the dog?", box) == box
+        assert is_right(BOX, BOX, None, "Where is the dog?", box)
 
 
 @pytest.mark.parametrize("gold, choices", [

@@ -266,7 +266,7 @@ def test_a_step_is_the_gradient_of_the_textbook_loss(tmp_path, start, algorithm)
     rewards = torch.zeros(4, 4)
     for r, ids in enumerate(rollouts.rows()):
         said, example = run.processor.decode(ids), examples[r // 4]
-        rewards[r // 4, r % 4] = float(evaluate.is_right(said, example.answer))
+        rewards[r // 4, r % 4] = float(evaluate.judge(said, example) is True)
         if algorithm == "dapo":                      # from 2 tokens before the limit on
             rewards[r // 4, r % 4] += min((c.max_new_tokens - len(ids)) / 2 - 1, 0)
     assert ((rewards.std(1) > 0).sum() >= 3) and (algorithm == "dapo" or (rewards[3] == 0).all())
@@ -324,9 +324,8 @@ def test_equal_groups_are_counted_and_dropped(tmp_path, start):
         figures = grpo.explore(run, 0, some, prompts, None)
         assert figures["equal_groups"] == share
         assert (figures["grad_norm"] > 0) == (share < 1)
-    experience, _ = grpo.rollout(run, 0, examples, prompts)
-    assert torch.equal(experience.mask[:12], experience.rollouts.mask[:12])
-    assert not experience.mask[12:].any()
+    rollouts, mask, _, _ = grpo.rollout(run, 0, examples, prompts)
+    assert torch.equal(mask[:12], rollouts.mask[:12]) and not mask[12:].any()
 
 
 def test_a_grader_that_fails_once_is_counted(tmp_path, start, monkeypatch):
@@ -339,8 +338,8 @@ def test_a_grader_that_fails_once_is_counted(tmp_path, start, monkeypatch):
         return evaluate.grade(response, example, *rest)
 
     monkeypatch.setattr(grpo, "grade", grade)
-    experience, figures = grpo.rollout(run, 0, examples, prompts)
-    assert figures["grader_failures"] == 4 and not experience.advantage[:4].any()
+    _, _, advantage, figures = grpo.rollout(run, 0, examples, prompts)
+    assert figures["grader_failures"] == 4 and not advantage[:4].any()
     assert 0 < figures["accuracy"] == figures["reward"] < 1
 
 
@@ -396,18 +395,18 @@ def test_gap_between_sampler_and_trainer(tmp_path, start, capsys, noise, told, s
 
 def test_truncated_answers_can_be_masked(tmp_path, start):
     run, examples, prompts = run_of(start, tmp_path, overlong="mask")
-    experience, figures = grpo.rollout(run, 0, examples, prompts)
-    finished = experience.rollouts.finished
+    rollouts, mask, _, figures = grpo.rollout(run, 0, examples, prompts)
+    finished = rollouts.finished
     assert 0 < finished.sum() < 16 and figures["truncated"] == 1 - finished.float().mean()
-    assert torch.equal(experience.mask, experience.rollouts.mask & finished[:, None])
+    assert torch.equal(mask, rollouts.mask & finished[:, None])
 
 
 def test_each_step_has_its_noise_and_each_minibatch_is_a_step(tmp_path, start):
     """The same noise in every step explores nothing; a minibatch left out learns nothing."""
     run, examples, prompts = run_of(start, tmp_path, minibatches=2)
     for step in (0, 1):
-        experience, _ = grpo.rollout(run, step, examples, prompts)
-        assert experience.rollouts.rows() == sample(run, prompts, step).rows()
+        rollouts, *_ = grpo.rollout(run, step, examples, prompts)
+        assert rollouts.rows() == sample(run, prompts, step).rows()
     assert sample(run, prompts, 0).rows() != sample(run, prompts, 1).rows()
     grpo.explore(run, 0, examples, prompts, None)
     head = run.model.lm_head.weight
@@ -418,7 +417,7 @@ def test_seeds_of_runs_differ(tmp_path, start):
     rows = []
     for seed in (0, 1):
         run, examples, prompts = run_of(start, tmp_path / str(seed), seed=seed)
-        rows.append(grpo.rollout(run, 0, examples, prompts)[0].rollouts.rows())
+        rows.append(grpo.rollout(run, 0, examples, prompts)[0].rows())
     assert rows[0] != rows[1]
 
 
@@ -436,7 +435,7 @@ def test_rollouts_are_of_the_trained_model(tmp_path, start):
         for weight in run.model.parameters():
             weight += 0.1 * torch.randn(weight.shape)
     stale = sample(run, prompts, 0).rows()
-    rollouts = grpo.rollout(run, 0, examples, prompts)[0].rollouts.rows()
+    rollouts = grpo.rollout(run, 0, examples, prompts)[0].rows()
     run.sampler = sampler()
     assert rollouts == sample(run, prompts, 0).rows() != stale
 

@@ -270,6 +270,29 @@ def test_kernels_compile_for_gpus():
     assert not [found for found in spilled if found[1:] != ("0", "0")]
 
 
+@pytest.mark.parametrize("arguments, expected", [
+    ((0, 7, 3), [(0, 3), (3, 6), (6, 7)]), ((4, 8, 2), [(4, 6), (6, 8)]), ((2, 7, 0), [(2, 7)]),
+    ((2, 7, 99), [(2, 7)]), ((0, 0, 3), []), ((0, 0, 0), [])])
+def test_pieces(arguments, expected):
+    """Every index once, in order: a pass that is left out is an example that is not learnt."""
+    assert kernels.pieces(*arguments) == expected
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_own_pieces(monkeypatch, world, size):
+    """Together the processes make every pass once; of all at once each makes a share."""
+    monkeypatch.setattr(kernels, "WORLD", world)
+    shares = []
+    for rank in range(world):
+        monkeypatch.setattr(kernels, "RANK", rank)
+        shares.append(kernels.own_pieces(3, 10, size))
+    passes = sorted(sum(shares, []))
+    assert [i for first, last in passes for i in range(first, last)] == list(range(3, 10))
+    assert all(last - first <= (size or 7) for first, last in passes)
+    assert size or max(map(len, shares)) == 1
+
+
 class Watch(TorchDispatchMode):
     """Refuses what a CUDA graph cannot capture, and tensors of `limit` elements."""
     REFUSED = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select",
