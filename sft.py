@@ -95,7 +95,7 @@ def imitate(run, step, examples, prompts, responses):
     run.zero_grad()
     for start, stop in own_pieces(0, len(examples), c.micro_batch):
         ids, lengths = data.pad_rows(responses[start:stop], run.processor.pad)
-        ids, mask = ids.to(c.device), length_mask(lengths.to(c.device))        # (B, N)
+        ids, mask = ids.to(c.device), length_mask(lengths).to(c.device)        # (B, N)
         with run.autocast():
             logprob, entropy = run.model.score(prompts.part(start, stop).to(c.device), ids, mask)
         loss = imitation_loss(logprob, entropy, mask, c.weight) / tokens       # of the whole step
