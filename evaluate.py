@@ -10,28 +10,21 @@ Faithful, on the tabletop: right, with every step of the reasoning true; else lu
 import argparse
 import ast
 import base64
-import contextlib
 import html
 import io
-import itertools
 import json
 import math
-import os
 import pathlib
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import threading
 import unicodedata
-from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from operator import add, mul, neg, pos, sub, truediv
-from statistics import correlation, fmean as mean, stdev
+from statistics import correlation, fmean as mean
 from types import SimpleNamespace
 
 import torch
@@ -437,12 +430,8 @@ def run_command(command):
     print(f"\n$ {command}", flush=True)
     script, *options = shlex.split(command)[1:]
     process = subprocess.Popen([sys.executable, pathlib.Path(__file__).with_name(script), *options])
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:        # a terminal has told it, too; it may save
-        process.send_signal(signal.SIGINT)
-        code = process.wait()
-    if code:
+    signal.signal(signal.SIGINT, lambda *_: process.send_signal(signal.SIGINT))     # it may save
+    if code := process.wait():
         sys.exit(f"error: that command ended with {code}; start again to go on here")
 
 
@@ -527,419 +516,125 @@ def main(c):
 
 
 # ----------------------------------------------------------------------------------- the study
-# A cell is a model, named by the way to it: weak/sft/grpo is GRPO after SFT from the weak base.
-# Seed k has its own base, where all its cells start; weak and middle are the strong one's youth.
-AGES = {"weak": "base/step-1000", "middle": "base/step-1600", "strong": "base", "large": "large"}
-BASES = {"base": "--keep 1000,1600", "large": "--size m"}
-IMITATE, EXPLORE = "sft.py --eval-every 30", "grpo.py --eval-every 10"
-BUDGETS, GRID = {}, {}
-for n in (125, 500, 8000, 20000):    # questions to learn from; 2,000 are the scripts' default
-    BUDGETS[f"sft-{n}"] = f"{IMITATE} --examples {n}"
-    BUDGETS[f"grpo-{n}"] = f"{EXPLORE} --examples {n} --steps {max(100, n // 32)}"
-for longer, place in itertools.product((1, 2), range(3)):    # as many rates and lengths for both
-    sft_lr, grpo_lr = ("1e-3", "3e-3", "1e-2")[place], ("3e-4", "5e-4", "1e-3")[place]
-    GRID[f"sft-{sft_lr}-{longer}"] = f"{IMITATE} --lr {sft_lr} --epochs {3 * longer}"
-    GRID[f"grpo-{grpo_lr}-{longer}"] = f"{EXPLORE} --lr {grpo_lr} --steps {100 * longer}"
-RECIPES = BUDGETS | GRID | {
-    "sft": IMITATE, "grpo": EXPLORE, "dapo": f"{EXPLORE} --algorithm dapo",
-    "lenient": f"{EXPLORE} --grader lenient", "verbose": f"{IMITATE} --traces verbose",
-    "answer": f"{IMITATE} --traces answer", "own": f"{IMITATE} --traces {{init}}/rollouts.jsonl",
-    "borrowed": f"{IMITATE} --traces {{home}}/base/rollouts.jsonl"}
-
-
-def crossed(ages, *recipes):
-    """The bases of these ages, and what each recipe makes of them."""
-    return [f"{age}/{recipe}".strip("/") for age in ages.split() for recipe in ("", *recipes)]
-
-
-FINDINGS = {
-    "capacity": crossed("weak middle strong large", "sft", "grpo", "dapo", "sft/grpo"),
-    "data": crossed("middle strong", "sft", "grpo", *BUDGETS),
-    "transfer": crossed("weak middle strong", "sft", "grpo"),
-    "rewards": crossed("weak middle strong", "grpo", "sft/grpo", "lenient", "sft/lenient"),
-    "traces": [*crossed("middle strong", "sft", "verbose", "answer", "own"), "middle/borrowed"],
-    "together": crossed("weak middle strong", "sft", "grpo", "sft/grpo")}
-PRESETS = {      # cells, the evaluation's options, what the commands of a script end with
-    "quick": dict(cells=crossed("weak strong", "sft", "grpo", "sft/grpo"), test="--limit 600"),
-    "paper": dict(cells=list(dict.fromkeys(sum(FINDINGS.values(), []))), test="--limit 1000"),
-    "tune": dict(cells=crossed("middle strong", *GRID), test="--limit 1000 --split val"),
-    "smoke": dict(
-        cells=crossed("strong", "sft", "grpo"), test="--limit 60 --split test,text",
-        base="--steps 150 --eval-examples 12", sft="--examples 256 --eval-examples 12",
-        grpo="--prompts 8 --steps 10 --eval-every 5 --eval-examples 12")}
-# A claim is a difference that is above 0 where it holds; a(cell, figure) is a percentage.
-CLAIMS = [
-    ("capacity", "from the weak base, SFT gains more than GRPO",
-     lambda a: a("weak/sft") - a("weak/grpo")),
-    ("capacity", "that lead is smaller from the strong base",
-     lambda a: a("weak/sft") - a("weak/grpo") - a("strong/sft") + a("strong/grpo")),
-    ("data", "SFT on 2,000 traces is at most 2 points behind GRPO on 20,000 questions",
-     lambda a: a("strong/sft") - a("strong/grpo-20000") + 2),
-    ("transfer", "on text, SFT on pictures gains more than GRPO (strong base)",
-     lambda a: a("strong/sft", "text") - a("strong/grpo", "text")),
-    ("transfer", "on text, SFT on pictures gains at all (strong base)",
-     lambda a: a("strong/sft", "text") - a("strong", "text")),
-    ("rewards", "GRPO's reward rises by more than its held-out accuracy (weak base)",
-     lambda a: a("weak/grpo", "reward_gain") - a("weak/grpo", "held_out_gain")),
-    ("rewards", "SFT first makes the regret of GRPO smaller (weak base)",
-     lambda a: a("weak/grpo", "regret") - a("weak/sft/grpo", "regret")),
-    ("rewards", "a lenient reward is worth less (strong base)",
-     lambda a: a("strong/grpo") - a("strong/lenient")),
-    ("traces", "short traces keep what the strong base could out of distribution",
-     lambda a: a("strong/sft", "ood") - a("strong", "ood")),
-    ("traces", "verbose traces are worth less there",
-     lambda a: a("strong/sft", "ood") - a("strong/verbose", "ood")),
-    ("together", "SFT, then GRPO, is better than either (strong base)",
-     lambda a: a("strong/sft/grpo") - max(a("strong/sft"), a("strong/grpo")))]
-
-
 @dataclass
 class StudyConfig:
-    """Options of evaluate.py study."""
-    preset: str = option("quick", "paper: all findings; tune: rates; smoke: does it run", (*PRESETS,))
-    finding: str = option(None, "of the paper's cells, those of one finding", (*FINDINGS,))
+    preset: str = option("quick", "smoke: does it run; quick: the comparison", ("smoke", "quick"))
     out: str = option("runs/study", "directory of the study")
-    first_seed: int = option(0, "the first of the seeds; tune where no result comes from, e.g. 100")
-    seeds: int = option(1, "how many; each has a base of its own", least=1)
-    jobs: int = option(1, "commands at a time; they share the cores", least=1)
+    seeds: int = option(1, "runs per cell, each from the same base", least=1)
     device: str = option(DEVICES[0], "cpu or cuda", DEVICES)
 
-def way_to(cell, c, seed):
-    """-> the directory of a cell's model, [(what is made, its command)] on the way there."""
-    home, (before, _, recipe) = f"{c.out}/seed-{seed}", cell.rpartition("/")
-    if before:
-        init, way = way_to(before, c, seed)
-        model = made = f"{home}/{cell.replace('/', '-')}"
-        line = f"{RECIPES[recipe]} --init {{init}}".format(init=init, home=home)
-    else:
-        base, way = AGES[cell].partition("/")[0], []
-        model, made = f"{home}/{AGES[cell]}", f"{home}/{base}"
-        line = f"sft.py --stage base {BASES[base]}"
-    if rollouts := re.search(r"--traces (\S+)/rollouts.jsonl", line):
-        way += [(f"{rollouts[1]}/rollouts.jsonl",
-                 f"python evaluate.py --model {rollouts[1]} --split train --limit 2000 "
-                 f"--temperature 1 --device {c.device} --out {rollouts[1]}/rollouts.jsonl")]
-    more = PRESETS[c.preset].get(line.partition(".py")[0] if before else "base", "")
-    line = f"python {line} --out {made} --seed {seed} --device {c.device} --resume {more}"
-    return model, [*way, (made, line.strip())]
+
+PRESETS = {
+    "quick": dict(weak=600, limit=600, base="--keep 600", sft="--examples 2000",
+                  grpo="--examples 2000 --steps 100 --eval-every 10"),
+    "smoke": dict(weak=6, limit=24, base="--steps 12 --keep 6 --batch 32 --eval-examples 12",
+                  sft="--examples 128 --epochs 1 --eval-examples 12", grpo="--examples 64 "
+                  "--prompts 4 --steps 3 --eval-every 1 --eval-examples 12 --max-new-tokens 32")}
+CURVES = {"held_out": "#0b6e4f", "reward": "#c1440e", "accuracy": "#7a7a7a", "format": "#3b6fb6"}
 
 
-def commands_of(cell, c, seed):
-    """-> all that makes a cell, and the evaluation of its model."""
-    model, way = way_to(cell, c, seed)
-    test = PRESETS[c.preset]["test"]
-    return [*(command for _, command in way), f"python evaluate.py --model {model} {test} "
-            f"--device {c.device} --out {model}/answers.jsonl"]
+def study_cells(c):
+    """Yields the study as commands to paste: `command` makes a model, `evaluation` tests it."""
+    preset, out = PRESETS[c.preset], shlex.quote(c.out)
+
+    def cell(strength, method, seed, name, model, command):
+        evaluation = (f"python evaluate.py --model {out}/{model} --limit {preset['limit']} "
+                      f"--device {c.device} --out {out}/answers/{name}.jsonl")
+        return dict(name=name, strength=strength, method=method, seed=seed, command=command,
+                    evaluation=evaluation, model=f"{c.out}/{model}",
+                    answers=f"{c.out}/answers/{name}.jsonl")
+
+    weak = f"base/step-{preset['weak']}"             # kept on the way to the strong base
+    command = f"{preset['base']} --out {out}/base --device {c.device} --resume"
+    yield cell("strong", "base", 0, "strong-base", "base", f"python sft.py --stage base {command}")
+    yield cell("weak", "base", 0, "weak-base", weak, None)
+    for seed in range(c.seeds):
+        for strength, base in (("weak", weak), ("strong", "base")):
+            for method, script, init in (("sft", "sft", base), ("grpo", "grpo", base),
+                                         ("sft-grpo", "grpo", f"{strength}-sft-{seed}")):
+                name = f"{strength}-{method}-{seed}"
+                command = (f"python {script}.py --init {out}/{init} --seed {seed} {preset[script]} "
+                           f"--out {out}/{name} --device {c.device} --resume")
+                yield cell(strength, method, seed, name, name, command)
 
 
-def make(made, commands):
-    """Runs the last of these commands, unless what it makes is there and came by all of them."""
-    path, came_by = pathlib.Path(made), pathlib.Path(f"{made}.commands")
-    if came_by.exists() and came_by.read_text() != "\n".join(commands):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    write_file(came_by, "\n".join(commands))
-    run = path / "run.json"
-    if not (path.is_file() or run.exists() and read_json(run).get("finished")):
-        run_command(commands[-1])
+def reward_curve(model):
+    """Points (mean reward and its parts since the evaluation before, held-out accuracy), Spearman
+    ρ after the first third (below 0: the reward deceives), regret (best minus last accuracy)."""
+    rows, points = data.read_jsonl(f"{model}/metrics.jsonl"), []
+    evaluations = [i for i, row in enumerate(rows) if "val_accuracy" in row]
+    for start, end in zip(evaluations, evaluations[1:]):         # between them, a row for each step
+        means = {name: mean(row[name] for row in rows[start + 1:end])
+                 for name in ("reward", "accuracy", "format")}
+        points.append(dict(step=rows[end]["step"], held_out=rows[end]["val_accuracy"], **means))
+    held_out, late = [rows[i]["val_accuracy"] for i in evaluations], points[len(points) // 3:]
+    rho = spearman([point["reward"] for point in late], [point["held_out"] for point in late])
+    return dict(points=points, spearman=rho, regret=max(held_out) - held_out[-1])
 
 
-def flops(row, parameters):
-    """Of a training step, roughly: 2 a parameter and token for a pass forward, twice that for the
-    one backward (Kaplan et al. 2020). GRPO samples first, and may ask the initial model."""
-    passes = 3 + ("reward" in row) + ("kl" in row)
-    return 2 * parameters * passes * (row["prompt_tokens"] + row["tokens"])
-
-
-def course(rows, parameters):
-    """metrics.jsonl -> what a run cost; the points of its evaluations: held-out accuracy, FLOPs so
-    far, mean reward and its parts since the point before. Where there are rewards: by how much they
-    and the held-out accuracy rose, Spearman's ρ after the first third, and the regret, best minus
-    last held-out accuracy."""
-    steps, points, since = [], [], []
-    for row in rows:
-        if "seconds" in row:
-            since.append(row)
-            continue
-        steps += since
-        parts = {name: mean(step[name] for step in since) for name in ("reward", "accuracy", "format")
-                 if since and name in since[0]}
-        points.append(dict(step=row["step"], held_out=row["val_accuracy"], **parts,
-                           flops=sum(flops(step, parameters) for step in steps)))
-        since = []
-    tokens, explores = sum(step["tokens"] for step in steps), "reward" in steps[0]
-    figures = dict(seconds=sum(step["seconds"] for step in steps), flops=points[-1]["flops"],
-                   trained=tokens, sampled=tokens * explores, points=points)
-    if not explores:
-        return figures | dict(trace_logprob=-steps[0]["loss"])
-    tenth, late = max(1, len(steps) // 10), points[len(points) // 3 + 1:]
-    first, last = (mean(step["reward"] for step in some) for some in (steps[:tenth], steps[-tenth:]))
-    held_out = [point["held_out"] for point in points]
-    return figures | dict(
-        reward_gain=last - first, held_out_gain=held_out[-1] - held_out[0],
-        regret=max(held_out) - held_out[-1],
-        spearman=spearman([p["reward"] for p in late], [p["held_out"] for p in late]))
-
-
-def run_cell(cell, c, seed, locks):
-    """Makes a cell's model and lets it answer -> the cell with its commands and figures."""
-    model, way = way_to(cell, c, seed)
-    commands, answers = commands_of(cell, c, seed), f"{model}/answers.jsonl"
-    for i, (made, _) in enumerate(way):
-        with locks[made]:            # cells share their beginnings
-            make(made, commands[:i + 1])
-    run_command(commands[-1])
-    weights = (pathlib.Path(model) / "model.safetensors").stat().st_size / 4
-    metrics = pathlib.Path(model) / "metrics.jsonl"      # a young base has none of its own
-    figures = course(data.read_jsonl(metrics), weights) if metrics.exists() else {}
-    return dict(cell=cell, seed=seed, commands=commands, answers=answers,
-                splits=summaries(data.read_jsonl(answers)), **figures)
+def results_of(cell):
+    """A cell whose commands have run, with its figures."""
+    steps = data.read_jsonl(f"{cell['model']}/metrics.jsonl") if cell["command"] else []
+    return cell | dict(seconds=sum(row.get("seconds", 0) for row in steps),
+                       splits=summaries(data.read_jsonl(cell["answers"])),
+                       curve=reward_curve(cell["model"]) if "grpo" in cell["method"] else None)
 
 
 def study(c):
-    """Runs the cells that are not there yet, then writes the report. What fails stops alone."""
-    if c.jobs > 1:                   # its processes would wait for each other's threads
-        os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // c.jobs))
-    path, preset = pathlib.Path(c.out) / "results.json", PRESETS[c.preset]
-    results = read_json(path) if path.exists() else dict(blind={}, cells=[])
-    done = {(cell["cell"], cell["seed"]): cell for cell in results["cells"]}
-    wanted = itertools.product(range(c.first_seed, c.first_seed + c.seeds),
-                               FINDINGS.get(c.finding, preset["cells"]))
-    locks, failed = defaultdict(threading.Lock), []
-    with ThreadPoolExecutor(c.jobs) as pool:
-        running = {pool.submit(run_cell, cell, c, seed, locks): (cell, seed)
-                   for seed, cell in wanted
-                   if done.get((cell, seed), {}).get("commands") != commands_of(cell, c, seed)}
-        for future in tqdm(as_completed(running), "study", total=len(running), disable=None):
-            if future.exception():
-                failed.append("{} of seed {}".format(*running[future]))
-                continue
-            done[running[future]] = future.result()
-            results["cells"] = [done[key] for key in sorted(done)]
-            write_file(path, json.dumps(results))
-    if not results["blind"]:
-        results["blind"] = blind_levels(results["cells"][0]["splits"])
-        write_file(path, json.dumps(results))
-    write_file(path.with_name("report.html"), report(results))
-    print(f"\n{text_table(verdict_table(results))}\n\n{text_table(main_table(results))}\n\n"
-          f"more in {c.out}/report.html")
-    if failed:
-        sys.exit(f"error: these cells failed, start again to go on: {', '.join(failed)}")
+    """Runs the cells that are not there yet, then writes the report."""
+    path = pathlib.Path(c.out) / "results.json"
+    machine = f"{c.device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+    results = read_json(path) if path.exists() else dict(preset=c.preset, machine=machine, cells=[])
+    done = {cell["name"]: cell for cell in results["cells"]}
+    for cell in tqdm(list(study_cells(c)), "study", disable=None):
+        before = done.get(cell["name"], {})
+        if before != before | cell:                  # it was never run, or with other commands
+            for command in filter(None, (cell["command"], cell["evaluation"])):
+                run_command(command)
+            done[cell["name"]] = results_of(cell)
+            results["cells"] = list(done.values())
+            write_file(path, json.dumps(results, indent=1))
+    write_file(path.with_name("report.html"), report(**results))
+    print(f"\n{text_table(main_table(results['cells']))}\n\nmore in {c.out}/report.html")
 
 
-# ------------------------------------------------------------------------------ what it shows
-def t_tail(t, freedom):
-    """P(|T| > t) of Student's t: T = sqrt(freedom) tan(angle), with a density of cos^(freedom-1)."""
-    def area(start):
-        width = (math.pi / 2 - start) / 2000
-        return width * sum(math.cos(start + (i + 0.5) * width) ** (freedom - 1) for i in range(2000))
-    return area(math.atan(t / math.sqrt(freedom))) / area(0.0)
-
-
-def t_interval(values):
-    """-> mean, its 95 % interval over seeds (nan for one seed), and the p-value of a mean of 0."""
-    n, middle = len(values), mean(values)
-    if n == 1:
-        return middle, math.nan, math.nan, 1.0
-    error, low, high = max(stdev(values), 1e-9) / math.sqrt(n), 0.0, 100.0
-    for _ in range(50):              # the quantile, by bisection
-        guess = (low + high) / 2
-        low, high = (guess, high) if t_tail(guess, n - 1) > 0.05 else (low, guess)
-    return middle, middle - low * error, middle + low * error, t_tail(abs(middle) / error, n - 1)
-
-
-def judged(results):
-    """The claims whose cells are there, with their differences over seeds and the verdict; `holm`:
-    whether that stands among all of them (Holm 1979)."""
-    rows = []
-    for finding, claim, difference in CLAIMS:
-        values = []
-        for known in known_figures(results).values():
-            with contextlib.suppress(KeyError):      # a cell that is not there yet
-                values.append(difference(lambda cell, name="test": known[cell, name]))
-        if values:
-            middle, low, high, p = t_interval(values)
-            verdict = "holds" if low > 0 else "opposite" if high < 0 else "undecided"
-            rows.append(dict(finding=finding, claim=claim, values=values, mean=middle, low=low, high=high,
-                             p=p, verdict=verdict))
-    stands = True
-    for i, row in enumerate(sorted(rows, key=lambda row: row["p"])):
-        stands = stands and row["p"] * (len(rows) - i) < 0.05
-        row["holm"] = stands
-    return rows
-
-
-def known_figures(results):
-    """-> {seed: {(cell, figure): percent}}; the figures are splits and those of rewards."""
-    known = defaultdict(dict)
-    for cell in results["cells"]:
-        shares = {split: whole["accuracy"] for split, whole in cell["splits"].items()} | {
-            name: cell[name] for name in ("regret", "reward_gain", "held_out_gain") if name in cell}
-        known[cell["seed"]] |= {(cell["cell"], name): 100 * x for name, x in shares.items()}
-    return known
-
-
-COLOURS = "#0b6e4f", "#c1440e", "#3b6fb6", "#8a5a00", "#7a3b9a"
-
-
-def chart(title, axis, series, ticks, joined=True):
-    """A self-contained SVG. series {name: [(x, percentages, one a seed)]}, each a dot, and their
-    mean with its t interval; ticks {x: text}."""
-    places = [x for points in series.values() for x, _ in points]
-    left, right = min(places), max(places) + (0 if joined else 0.6)
-
-    def at(x, y):
-        return f"{50 + 380 * (x - left) / (right - left or 1):.1f}", f"{200 - 1.6 * y:.1f}"
-
-    drawn = [f'<path d="M45 {at(0, y)[1]}h400" stroke="#ddd"/><text x="15" y="{at(0, y)[1]}">{y}</text>'
-             for y in (0, 25, 50, 75, 100)]
-    drawn += [f'<text x="{at(x, 0)[0]}" y="222" text-anchor="middle">{text}</text>'
-              for x, text in ticks.items() if left <= x <= right]
-    for k, ((name, points), colour) in enumerate(zip(series.items(), COLOURS)):
-        shift = 0 if joined else 0.12 * k
-        middles = []
-        for x, values in points:
-            middle, low, high, _ = t_interval(values)
-            across, down = at(x + shift, middle)
-            middles.append(f"{across},{down}")
-            drawn += [f'<circle cx="{across}" cy="{at(x, y)[1]}" r="1.5" fill="{colour}"/>'
-                      for y in values]
-            drawn.append(f'<circle cx="{across}" cy="{down}" r="4" fill="{colour}"/>')
-            if len(values) > 1:
-                drawn.append(f'<path d="M{across} {at(x, low)[1]}V{at(x, high)[1]}" stroke="{colour}"/>')
-        if joined:
-            drawn.append(f'<polyline points="{" ".join(middles)}" fill="none" stroke="{colour}"/>')
-        drawn.append(f'<text x="{50 + 80 * k}" y="22" fill="{colour}">{name}</text>')
-    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -15 470 265" width="470" style='
-            f'"font:13px sans-serif"><path fill="#fff" d="M0-15h470v265H0z"/><text x="50" y="0">{title}</text>'
-            f'<text x="240" y="242" text-anchor="middle">{axis}</text>{"".join(drawn)}</svg>')
-
-
-# A figure: title, axis, {series: {x: cell}}, {x: text}
-SIZES = {math.log10(n): n for n in (125, 500, 2000, 8000, 20000)}
-KINDS = dict(enumerate(("sft", "verbose", "answer", "own", "borrowed")))
-FIGURES = [
-    ("accuracy, by the base", "base", {
-        recipe or "base": {x: f"{age}/{recipe}".strip("/") for x, age in enumerate(AGES)}
-        for recipe in ("", "sft", "grpo", "dapo", "sft/grpo")}, dict(enumerate(AGES))),
-    ("accuracy, by the questions learnt from (strong base)", "questions, log scale", {
-        kind: {x: f"strong/{kind}-{n}".removesuffix("-2000") for x, n in SIZES.items()}
-        for kind in ("sft", "grpo")}, SIZES),
-    ("accuracy, by the traces", "traces", {
-        age: {x: f"{age}/{kind}" for x, kind in KINDS.items()} for age in ("middle", "strong")}, KINDS)]
-
-
-def charts(results):
-    """Yields the FIGURES of each split; then held-out accuracy over compute, and rewards."""
-    known, cells = known_figures(results), grouped(results["cells"], "cell")
-    for (title, axis, series, ticks), split in itertools.product(FIGURES, results["blind"]):
-        drawn = {}
-        for name, places in series.items():
-            points = [(x, [own[cell, split] for own in known.values() if (cell, split) in own])
-                      for x, cell in places.items()]
-            drawn[name] = [(x, values) for x, values in points if values]
-        if sum(map(bool, drawn.values())) > 1:
-            yield chart(f"{split}: {title}", axis, drawn, ticks, joined=ticks is SIZES)
-    powers = {power: f"1e{power}" for power in range(8, 17)}
-    for age in AGES:
-        drawn = {recipe: over_seeds(cells.get(f"{age}/{recipe}", ()), "held_out", "flops")
-                 for recipe in ("sft", "grpo", "dapo")}
-        if any(drawn.values()):
-            yield chart(f"{age} base: held-out accuracy", "FLOP, log scale", drawn, powers)
-    for name, some in cells.items():
-        if "regret" in some[0]:
-            drawn = {part: over_seeds(some, part, "step")
-                     for part in ("held_out", "reward", "accuracy", "format")}
-            last = some[0]["points"][-1]["step"]
-            yield chart(f"{name}: reward in training, held-out accuracy", "step", drawn,
-                        {0: 0, last // 2: last // 2, last: last})
-
-
-def over_seeds(cells, name, axis):
-    """Of a cell's runs -> [(x, percentages, one a seed)] of one figure of their evaluations."""
-    found = []
-    for points in zip(*(cell["points"] for cell in cells)):      # of one step
-        if name in points[0]:
-            x = mean(point[axis] for point in points)
-            found.append((math.log10(max(x, 1)) if axis == "flops" else x, [100 * point[name] for point in points]))
-    return [point for point in found if axis != "flops" or point[0] > 0]
+# ---------------------------------------------------------------------------------- the report
+HEAD = """<!doctype html><meta charset="utf-8"><title>SFT and GRPO</title><style>body{margin:2em;
+font:15px/1.5 sans-serif}td{padding:.2em .7em}tr:first-child{font-weight:bold}img{height:160px}
+.True,.faithful{color:#0b6e4f}.lucky{color:#b36b00}.False,.wrong{color:#b3261e}</style>"""
+NOTES = """Accuracy in percent, 95 % Wilson intervals; what follows is of the test. Faithful: right,
+every step true; lucky: right, one false. Spearman: reward and held-out accuracy after the first
+third; below 0, the reward deceives. Regret: best minus last. One seed proves little."""
 
 
 def html_table(rows):
     return "<table>" + "".join("<tr><td>" + "<td>".join(row) for row in rows) + "</table>"
 
 
-def verdict_table(results):
-    rows = [["finding", "claim", "difference in points", "seeds", "verdict", "with Holm"]]
-    for row in judged(results):
-        seeds = len(row["values"])
-        interval = f" [{row['low']:+.1f}, {row['high']:+.1f}]" if seeds > 1 else ""
-        first = " (first look)" if seeds < 6 else ""
-        rows.append([row["finding"], row["claim"], f"{row['mean']:+.1f}{interval}", str(seeds),
-                     row["verdict"] + first, row["verdict"] if row["holm"] else "undecided"])
+def main_table(cells):
+    """A row for each model: its accuracy on every split; the other figures on the test split."""
+    splits = list(cells[0]["splits"])
+    rows = [["model", *splits, *COLUMNS[1:], "seconds", "spearman", "regret"]]
+    for cell in sorted(cells, key=lambda cell: cell["strength"], reverse=True):
+        of_splits = [columns(cell["splits"][split]) for split in splits]
+        curve = cell["curve"] or {}
+        last = [cell["seconds"], curve.get("spearman"), curve.get("regret")]
+        rows.append([cell["name"], *(accuracy for accuracy, *_ in of_splits), *of_splits[0][1:],
+                     *("" if figure is None else f"{figure:.2f}" for figure in last)])
     return rows
 
 
-COSTS = dict(seconds=1, flops=1e-12, trained=1e-3, sampled=1e-3, spearman=1, regret=100)
-
-
-def pooled(wholes):
-    """One split's figures of several seeds -> their means, with the t interval over seeds; of one
-    seed the interval stays that over its questions (Wilson)."""
-    figures = {name: mean(whole[name] for whole in wholes)
-               for name, value in wholes[0].items() if isinstance(value, (int, float))}
-    _, low, high, _ = t_interval([whole["accuracy"] for whole in wholes])
-    return figures | dict(interval=(low, high) if len(wholes) > 1 else wholes[0]["interval"])
-
-
-def main_table(results):
-    """A row for each model, means over seeds: accuracy on every split, other figures on the first,
-    what its last run cost. A run below the blind level has collapsed."""
-    blind = {split: mean(levels.values()) for split, levels in results["blind"].items()}
-    rows = [["model", "seeds", "collapsed", *blind, *COLUMNS[1:], *COSTS]]
-    rows.append(["blind", "", "", *(f"{100 * level:.1f}" for level in blind.values())])
-    for name, some in grouped(results["cells"], "cell").items():
-        of_splits = [columns(pooled([cell["splits"][split] for cell in some])) for split in blind]
-        first = next(iter(blind))
-        collapsed = sum(cell["splits"][first]["accuracy"] < blind[first] for cell in some)
-        costs = [[cell[cost] * scale for cell in some if cell.get(cost) is not None]
-                 for cost, scale in COSTS.items()]
-        rows.append([name, str(len(some)), str(collapsed), *(accuracy for accuracy, *_ in of_splits),
-                     *of_splits[0][1:], *(f"{mean(values):.2f}" if values else "" for values in costs)])
-    width = len(rows[0])
-    return [row + [""] * (width - len(row)) for row in rows]
-
-
-def family_table(results):
-    """Accuracy on the first split by family, means over seeds."""
-    split, levels = next(iter(results["blind"].items()))
-    rows = [["model", *levels], ["blind", *(f"{100 * level:.0f}" for level in levels.values())]]
-    for name, some in grouped(results["cells"], "cell").items():
-        families = [cell["splits"][split]["families"] for cell in some]
-        rows.append([name, *(f"{100 * mean(one[family]['accuracy'] for one in families):.0f}" for family in levels)])
-    return rows
-
-
-def blind_levels(splits, limit=1200):
-    """{split: {family: accuracy of always giving the family's commonest answer in training}}"""
-    common = defaultdict(Counter)
-    for example in data.World("train", size=5 * limit):
-        common[example.family][example.answer] += 1
-    levels = {}
-    for split in splits:
-        right = defaultdict(list)
-        for example in data.World(split, size=limit):
-            [(answer, _)] = common[example.family].most_common(1)
-            right[example.family].append(judge(answer, example) is True)
-        levels[split] = {family: mean(marks) for family, marks in right.items()}
-    return levels
-
-HEAD = """<!doctype html><meta charset="utf-8"><title>SFT and GRPO</title><style>body{margin:2em;
-font:15px/1.5 sans-serif}td{padding:.2em .7em}tr:first-child{font-weight:bold}img{height:160px}
-.True,.faithful{color:#0b6e4f}.lucky{color:#b36b00}.False,.wrong{color:#b3261e}</style>"""
-NOTES = """Accuracy in percent: means over seeds with 95 % t intervals; of one seed, intervals over its
-questions (Wilson). Blind: the commonest training answer of each family. Faithful: right, every step
-true; lucky: right, one false. Spearman: reward and held-out accuracy after the first third. Regret:
-best minus last held-out accuracy. Costs are those of a model's last run alone."""
+def chart(title, points):
+    """A self-contained SVG: CURVES over the steps of a run, between 0 and 1.1."""
+    last, drawn = points[-1]["step"], ""
+    for i, (name, colour) in enumerate(CURVES.items()):
+        line = " ".join(f"{360 * p['step'] / last:.0f},{145 - 145 * p[name]:.1f}" for p in points)
+        drawn += (f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
+                  f'<text x="{95 * i}" y="175" fill="{colour}">{name}</text>')
+    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="-30 -41 420 232" width="420" '
+            'style="background:#fff;font:14px sans-serif"><path d="M0 0h360M0 72h360M0 145h360" '
+            'stroke="#ddd"/><text x="-17" y="5">1</text><text x="-17" y="150">0</text>'
+            f'<text y="-20">{title}, {last} steps</text>{drawn}</svg>')
 
 
 def rollout_table(cells, rows):
@@ -953,22 +648,20 @@ def rollout_table(cells, rows):
         said = ". ".join(f"<span class={true}>{html.escape(step)}</span>" for step, true in steps)
         answer = html.escape(data.extract_answer(row["response"]))
         worth = f"<span class={verdict(row)}>{verdict(row)}</span>"
-        table.append([cell["cell"], f"{said} <b>{answer}</b>", worth])
+        table.append([cell["name"], f"{said} <b>{answer}</b>", worth])
     return html_table(table)
 
 
-def report(results):
-    """-> the report, one page of HTML: verdicts, tables, charts, rollouts of a seed, commands."""
-    cells = [cell for cell in results["cells"] if pathlib.Path(cell["answers"]).exists()]
-    cells = [cell for cell in cells if cell["seed"] == cells[0]["seed"]]
+def report(preset, machine, cells):
+    """-> the report, one page of HTML: table, curves, rollouts, commands."""
+    title = f"SFT and GRPO, preset {preset}, on {machine}"
+    charts = [chart(cell["name"], cell["curve"]["points"]) for cell in cells if cell["curve"]]
     answers = zip(*(data.read_jsonl(cell["answers"]) for cell in cells))       # by question
     tables = [rollout_table(cells, rows) for rows in list(answers)[:12]]
-    commands = dict.fromkeys(line for cell in results["cells"] for line in cell["commands"])
-    return "".join([
-        f"{HEAD}<h1>SFT and GRPO</h1>", html_table(verdict_table(results)), f"<p>{NOTES}</p>",
-        html_table(main_table(results)), html_table(family_table(results)), *charts(results),
-        "<h2>Rollouts (green: a true step, red: a false one)</h2>", *tables,
-        "<h2>Commands</h2><pre>", html.escape("\n".join(commands)), "</pre>"])
+    commands = [cell[key] for cell in cells for key in ("command", "evaluation") if cell[key]]
+    return (f"{HEAD}<h1>{title}</h1>{html_table(main_table(cells))}<p>{NOTES}</p>{''.join(charts)}"
+            f"<h2>Rollouts (green: a true step, red: a false one)</h2>{''.join(tables)}"
+            "<h2>Commands</h2><pre>" + html.escape("\n".join(commands)) + "</pre>")
 
 
 if __name__ == "__main__":

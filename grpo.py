@@ -17,13 +17,11 @@ Departs from the paper: Muon beside AdamW. Its group size and format reward were
 """
 import copy
 import math
-import re
 import time
 from dataclasses import dataclass
 
 import torch
 
-import data
 from evaluate import grade, load_examples, mean, option, run_script
 from kernels import own_pieces, pieces, summed
 from model import CheckpointError, without_adapters
@@ -48,10 +46,7 @@ def reward(response, length, example, answer_format, c):
         verdict = grade(response, example, answer_format)
     except Exception:                # a bug in a grader must not teach the policy anything
         return dict(reward=math.nan)
-    right = verdict.correct
-    if c.grader == "lenient":        # a fault of public reward functions: any number may be it
-        right = right or example.answer in re.findall(r"\d+", data.extract_answer(response))
-    parts = dict(accuracy=float(right), parsed=float(verdict.parsed),
+    parts = dict(accuracy=float(verdict.correct), parsed=float(verdict.parsed),
                  format=float(verdict.formatted))
     if c.overlong == "penalty":      # DAPO, eq. 13
         parts["overlong"] = min((c.max_new_tokens - length) / c.overlong_buffer - 1, 0.0)
@@ -129,7 +124,6 @@ class Config(RunConfig):
     tis: float = option(None, "cap of truncated importance sampling; 0: off")
     overlong_buffer: int = option(12, "tokens over which the penalty grows", least=1)
     log_kl: bool = option(False, "measure the KL to the initial model where beta is 0, too")
-    grader: str = option("strict", "lenient: any number in the answer counts", ("strict", "lenient"))
     format_weight: float = option(0.1, "what the format adds to the reward")
     prompts: int = option(32, "questions per step", least=1)
     group: int = option(8, "rollouts per question", least=2)
@@ -167,7 +161,7 @@ def rollout(run, step, examples, prompts):
         reward_std=rewards.std(1).nanmean().item(), equal_groups=equal.float().mean().item(),
         advantage=advantage.abs().mean().item(), length=rollouts.lengths.float().mean().item(),
         truncated=1 - rollouts.finished.float().mean().item(),
-        tokens=rollouts.lengths.sum().item(), grader_failures=len(parts) - len(known), rollout_seconds=round(seconds, 4),
+        grader_failures=len(parts) - len(known), rollout_seconds=round(seconds, 4),
         tokens_per_second=rollouts.lengths.sum().item() / seconds)
     return rollouts, mask, advantage.to(c.device), metrics
 
