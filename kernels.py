@@ -376,8 +376,7 @@ class Sampler:
         -> ids, log-probs (B, G, N)"""
         B, N = len(prompts.ids), self.shape[2]
         for start, stop in pieces(0, B, PROMPTS_AT_ONCE):
-            part = slice(start, stop)
-            self.admit(prompts.part(start, stop), part, seeds[part])
+            self.admit(prompts.part(start, stop), slice(start, stop), seeds[start:stop])
         self.generated.zero_()
         check_every = CHECK_EVERY if self.on_gpu else 1
         for steps in range(1, N + 1):

@@ -328,6 +328,7 @@ class Run:
             for part, tensor in self.optimizers[name].state[p].items():
                 tensors[f"{name}/{part}"] = tensor
         write_file(self.state, tensors)
+        summed(torch.zeros(1))       # or torchrun would end the one that writes with those that end
 
     def autocast(self):
         """bf16 on CUDA, over fp32 weights; plain fp32 on a CPU."""

@@ -175,6 +175,8 @@ FAULTS = [
           "pass", 'tests/test_sft.py -k killed'),
     Fault("sft.py", "each process follows its own gradient",
           "p.grad = summed(", "p.grad = (", PROCESSES),
+    Fault("sft.py", "a process ends before the run is saved",
+          "        summed(torch.zeros(1))       # or", "        # or", PROCESSES),
     Fault("sft.py", "one process stops alone",
           "summed(torch.tensor(len(interrupted)))", "len(interrupted)", PROCESSES),
     Fault("sft.py", "every process writes metrics",

@@ -6,40 +6,46 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed
 from conftest import ROOT
 from safetensors.torch import load_file
 
 import data
+import grpo
+import kernels
+import sft
 
 SMALL = dict(device="cpu", eval_examples=5, warmup=0, seed=3)
-WORK = {  # name: script, options of a run; 4 questions a step, but the last step of an epoch has 2
-    "sft": ("sft", dict(batch=4, examples=6, epochs=2)),
-    "entropy": ("sft", dict(batch=4, examples=6, epochs=2, weight="entropy", micro_batch=1)),
-    "grpo": ("grpo", dict(prompts=4, examples=6, group=4, steps=2, max_new_tokens=6)),
-    "dapo": ("grpo", dict(prompts=4, examples=6, group=4, steps=2, max_new_tokens=6, beta=0.1,
+WORK = {  # name: module, options of a run; 4 questions a step, but the last step of an epoch has 2
+    "sft": (sft, dict(batch=4, examples=6, epochs=2)),
+    "entropy": (sft, dict(batch=4, examples=6, epochs=2, weight="entropy", micro_batch=1)),
+    "grpo": (grpo, dict(prompts=4, examples=6, group=4, steps=2, max_new_tokens=6)),
+    "dapo": (grpo, dict(prompts=4, examples=6, group=4, steps=2, max_new_tokens=6, beta=0.1,
                           algorithm="dapo", minibatches=2, micro_batch=1))}
 
 
 def varied(response, example, answer_format):
     """A grader to which some answers of a model that knows nothing are right."""
-    from types import SimpleNamespace
     return SimpleNamespace(correct=len(response) % 3 == 0, parsed=True, formatted=False)
 
 
 def work(start, out):
-    """All of WORK, in this process or in each of several; beside each run its first gradient."""
-    import torch.distributed
-
-    import grpo
-    import kernels
-    import sft
+    """All of WORK, in this process or in each of several; beside each run the gradients of its
+    steps, and at which step each process sees it saved. The one that writes is slow."""
     if kernels.WORLD > 1:
         torch.distributed.init_process_group()
-    grpo.grade, clip = varied, torch.nn.utils.clip_grad_norm_
-    for name, (script, options) in WORK.items():
+    grpo.grade, clip, write = varied, torch.nn.utils.clip_grad_norm_, sft.write_file
+
+    def slowly(path, content):
+        time.sleep(0.3 * (kernels.RANK == 0))
+        write(path, content)
+
+    sft.write_file = slowly
+    for name, (module, options) in WORK.items():
         gradients = []
 
         def clipped(parameters, most, gradients=gradients):
@@ -48,10 +54,9 @@ def work(start, out):
             return clip(parameters, most)
 
         torch.nn.utils.clip_grad_norm_ = clipped
-        main, Config = {"sft": (sft.main, sft.Config), "grpo": (grpo.main, grpo.Config)}[script]
-        main(Config(init=str(start), out=f"{out}/{name}", **SMALL | options))
-        torch.save(gradients, f"{out}/{name}/gradients-{kernels.RANK}.pt")
-    torch.nn.utils.clip_grad_norm_ = clip
+        module.main(module.Config(init=str(start), out=f"{out}/{name}", **SMALL | options))
+        step = load_file(f"{out}/{name}/training/state.safetensors")["step"]
+        torch.save((gradients, step), f"{out}/{name}/seen-{kernels.RANK}.pt")
 
 
 def launch(processes, *command):
@@ -63,9 +68,10 @@ def launch(processes, *command):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def finish(process, code=0):
+def finish(process, fails=False):
+    """Waits for it -> what it said."""
     said, _ = process.communicate(timeout=300)
-    assert (process.returncode != 0) == (code != 0), said
+    assert (process.returncode != 0) == fails, said
     return said
 
 
@@ -88,10 +94,12 @@ def metrics(path):
 def test_three_processes_train_as_one(worked, name):
     """The same rollouts and figures, and at the first step the gradient, in every process."""
     one, three = (worked[count] / name for count in (1, 3))
-    gradients = torch.load(one / "gradients-0.pt")
+    gradients, last = torch.load(one / "seen-0.pt")
     assert sum(g.abs().sum() for g in gradients[0] if g is not None) > 0.1
     for rank in range(3):
-        for ours, theirs in zip(gradients[0], torch.load(three / f"gradients-{rank}.pt")[0]):
+        in_three, saved = torch.load(three / f"seen-{rank}.pt")
+        assert saved == last
+        for ours, theirs in zip(gradients[0], in_three[0]):
             assert theirs.abs().max() < 1e-6 if ours is None else (ours - theirs).abs().max() < 1e-6
     rows = metrics(one), metrics(three)
     assert len(rows[0]) == len(rows[1]) >= 4
@@ -106,7 +114,7 @@ def test_three_processes_train_as_one(worked, name):
 def test_processes_stay_alike(worked):
     """A process that went its own way would be seen in the gradients of its last step."""
     for name in WORK:
-        last = [torch.load(worked[3] / name / f"gradients-{rank}.pt")[-1] for rank in range(3)]
+        last = [torch.load(worked[3] / name / f"seen-{rank}.pt")[0][-1] for rank in range(3)]
         assert all(map(torch.equal, last[0], last[1])) and all(map(torch.equal, last[0], last[2]))
 
 
@@ -131,12 +139,12 @@ def test_resume_with_another_number(start, tmp_path, undisturbed, how, before, a
     while process.poll() is None and len(path.read_text().split("\n") if path.exists() else []) < 5:
         time.sleep(0.02)
     assert process.poll() is None, process.communicate()[0]
-    if how == "SIGKILL":             # torchrun's children end with it
+    if how == "SIGKILL":             # torchrun and its children have the path in their words
         subprocess.run(["pkill", "-KILL", "-f", str(tmp_path)], check=True)
         process.wait()
     else:
         process.send_signal(signal.SIGINT)
-        said = finish(process, code=1)
+        said = finish(process, fails=True)
         assert said.count("saved; go on with --resume") == before
     state = load_file(tmp_path / "training" / "state.safetensors")
     assert 2 <= state["step"] < 10
