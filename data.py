@@ -120,11 +120,19 @@ def paint(things):
 
 
 def describe(things):
-    """The scene in words: «row 1: red circle 2, blue square 4. row 3: ...» (the columns)."""
-    rows = {}
-    for thing in sorted(things, key=lambda thing: (thing.row, thing.column)):
-        rows.setdefault(thing.row, []).append(f"{kind_of(thing)} {thing.column}")
-    return " ".join(f"row {row}: {', '.join(names)}." for row, names in rows.items())
+    """The scene in words: «1,2 red circle. 3,4 blue square.» (row and column of each thing)."""
+    in_order = sorted(things, key=lambda thing: thing[2:4])
+    return " ".join(f"{one.row},{one.column} {kind_of(one)}." for one in in_order)
+
+
+def cell_of(thing):
+    """«row 2, column 3»"""
+    return f"row {thing.row}, column {thing.column}"
+
+
+def grid_box(thing):
+    """The answer to where it is: the box of its cell, between the lines 1 to 5 of the grid."""
+    return str([thing.column, thing.row, thing.column + 1, thing.row + 1])
 
 
 # ------------------------------------------------ the tabletop world: questions and rationales
@@ -150,8 +158,7 @@ def ask(rng, things, family):
     """-> what fills the wording (see FAMILIES), the steps (see CLAIMS), the answer."""
     if family == "location":
         thing = rng.choice(singles(things))
-        step = f"{kind_of(thing)}: row {thing.row}, column {thing.column}"
-        return dict(a=kind_of(thing)), [step], str(list(thing.box))
+        return dict(a=kind_of(thing)), [f"{kind_of(thing)}: {cell_of(thing)}"], grid_box(thing)
     if family == "count":
         phrase = pick_phrase(rng, things, rng.choice(("shape", "colour", "pair"))) + "s"
         count = len(matching(things, phrase))
@@ -267,27 +274,33 @@ def world_example(split, index, style="canonical", words=False):
                    box=family == "location")
 
 
-# kinds of pretraining example and their shares in percent
-BASE_MIX = {"caption": 6, "counts": 34, "boxes": 8, "answer": 28, "reasoned": 13, "text": 11}
+# Kinds of pretraining example and their shares in percent, of pictures and of tables in words.
+BASE_MIX = {"caption": 8, "counts": 22, "places": 16, "question": 16,
+            "counts in words": 10, "places in words": 10, "question in words": 18}
 
 
 def base_example(index):
-    """Pretraining for a model that can reason but mostly answers at once, as instruct models do."""
+    """Pretraining for a model that can reason, as instruct models do: the rather, the more steps
+    an answer takes; and more in words than before a picture."""
     rng = random.Random(f"base/{index}")
     kind = rng.choices(list(BASE_MIX), list(BASE_MIX.values()))[0]
-    style = "canonical" if kind == "reasoned" else "answer"
-    example = world_example("train", 10_000_000 + index, style, words=kind == "text")
+    kind, _, words = kind.partition(" in ")
+    example = world_example("train", 10_000_000 + index, words=bool(words))
     things, alone = example.scene, singles(example.scene)
-    if kind not in ("counts", "boxes", "caption"):
-        return example
     question, response = "Describe the table.", describe(things)
+    if kind == "question":
+        chance = (0.2 if words else 0.12) * example.response.count(".")      # for each step
+        shown = example.response if rng.random() < chance else tagged(example.answer)
+        return replace(example, response=shown)
     if kind == "counts":
         question, response = "Count everything.", count_everything(rng, things)
-    elif kind == "boxes" and alone:
-        boxed = rng.sample(alone, min(3, len(alone)))
-        question = f"Box {', '.join(map(kind_of, boxed))}."
-        response = " ".join(f"{kind_of(thing)}: {list(thing.box)}." for thing in boxed)
-    return replace(example, question=IMAGE + question, response=response)
+    elif kind == "places" and alone:
+        some = rng.sample(alone, min(3, len(alone)))
+        verb, place = rng.choice((("Box", grid_box), ("Locate", cell_of)))
+        question = f"{verb} {', '.join(map(kind_of, some))}."
+        response = " ".join(f"{kind_of(thing)}: {place(thing)}." for thing in some)
+    seen = f"The table: {describe(things)} " if words else IMAGE
+    return replace(example, question=seen + question, response=response)
 
 
 def count_everything(rng, things):

@@ -17,11 +17,13 @@ Departs from the paper: Muon beside AdamW. Its group size and format reward were
 """
 import copy
 import math
+import re
 import time
 from dataclasses import dataclass
 
 import torch
 
+import data
 from evaluate import grade, load_examples, mean, option, run_script
 from kernels import own_pieces, pieces, summed
 from model import CheckpointError, without_adapters
@@ -48,6 +50,9 @@ def reward(response, length, example, answer_format, c):
         return dict(reward=math.nan)
     parts = dict(accuracy=float(verdict.correct), parsed=float(verdict.parsed),
                  format=float(verdict.formatted))
+    if c.grader == "lenient":        # a fault of public reward functions: any number may be it
+        numbers = re.findall(r"\d+", data.extract_answer(response))
+        parts["accuracy"] = float(verdict.correct or example.answer in numbers)
     if c.overlong == "penalty":      # DAPO, eq. 13
         parts["overlong"] = min((c.max_new_tokens - length) / c.overlong_buffer - 1, 0.0)
     total = parts["accuracy"] + c.format_weight * parts["format"] + parts.get("overlong", 0.0)
@@ -124,6 +129,8 @@ class Config(RunConfig):
     tis: float = option(None, "cap of truncated importance sampling; 0: off")
     overlong_buffer: int = option(12, "tokens over which the penalty grows", least=1)
     log_kl: bool = option(False, "measure the KL to the initial model where beta is 0, too")
+    grader: str = option("strict", "of the reward; lenient: any number in the answer counts",
+                         ("strict", "lenient"))
     format_weight: float = option(0.1, "what the format adds to the reward")
     prompts: int = option(32, "questions per step", least=1)
     group: int = option(8, "rollouts per question", least=2)
@@ -161,7 +168,8 @@ def rollout(run, step, examples, prompts):
         reward_std=rewards.std(1).nanmean().item(), equal_groups=equal.float().mean().item(),
         advantage=advantage.abs().mean().item(), length=rollouts.lengths.float().mean().item(),
         truncated=1 - rollouts.finished.float().mean().item(),
-        grader_failures=len(parts) - len(known), rollout_seconds=round(seconds, 4),
+        tokens=rollouts.lengths.sum().item(), grader_failures=len(parts) - len(known),
+        rollout_seconds=round(seconds, 4),
         tokens_per_second=rollouts.lengths.sum().item() / seconds)
     return rollouts, mask, advantage.to(c.device), metrics
 

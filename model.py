@@ -28,7 +28,7 @@ import data
 from kernels import RANK, length_mask, rotary, token_logprobs
 
 # Fresh layers are the identity, tokens as large as pieces of picture: what attends knows itself.
-SPREAD = dict(embed_tokens=0.6, lm_head=0.02, position_embedding=0.02, o_proj=0.0, down_proj=0.0,
+SPREAD = dict(embed_tokens=0.6, lm_head=0.02, position_embedding=0.5, o_proj=0.0, down_proj=0.0,
               out_proj=0.0, fc2=0.0)
 SIZES = {           # name: (ViT layers, ViT width, decoder layers, decoder width)
     "s": (2, 64, 3, 64), "m": (3, 128, 4, 128), "l": (4, 256, 6, 256)}
@@ -42,10 +42,10 @@ def preset_config(size, processor):
     """config.json of a tabletop model: an Idefics3 for one 64x64 tile, 16 image tokens."""
     vit_layers, vit_width, layers, width = SIZES[size]
     vision = dict(hidden_size=vit_width, intermediate_size=4 * vit_width, image_size=64,
-                  num_hidden_layers=vit_layers, num_attention_heads=vit_width // 32, patch_size=8)
-    text = dict(model_type="llama", vocab_size=processor.tokenizer.get_vocab_size(), head_dim=32,
+                  num_hidden_layers=vit_layers, num_attention_heads=vit_width // 16, patch_size=8)
+    text = dict(model_type="llama", vocab_size=processor.tokenizer.get_vocab_size(), head_dim=16,
                 hidden_size=width, intermediate_size=width * 5 // 2, num_hidden_layers=layers,
-                num_attention_heads=width // 32, num_key_value_heads=width // 64,
+                num_attention_heads=width // 16, num_key_value_heads=width // 16,
                 rms_norm_eps=1e-5, pad_token_id=processor.pad)
     return dict(model_type="idefics3", architectures=["Idefics3ForConditionalGeneration"],
                 scale_factor=2, image_token_id=processor.image, tie_word_embeddings=False,

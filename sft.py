@@ -78,7 +78,7 @@ class RunConfig(CommonConfig):
 
 @dataclass
 class Config(RunConfig):
-    """Options of sft.py. steps: by epochs, 2000 for the base."""
+    """Options of sft.py. steps: by epochs, 3000 for the base."""
     stage: str = option("sft", "base: mixed pretraining from scratch; sft", ("base", "sft"))
     size: str = option("s", "size of a model made from scratch", tuple(SIZES))
     traces: str = option("canonical", "canonical, verbose, answer, or a file of rollouts")
@@ -136,7 +136,7 @@ def read_traces(path, examples):
 
 def main(c):
     c.out = c.out or f"runs/{c.stage}"
-    c.steps = c.steps or (2000 if c.stage == "base" and c.data == "world" else None)
+    c.steps = c.steps or (3000 if c.stage == "base" and c.data == "world" else None)
     examples = training_examples(c)
     c.steps = c.steps or c.epochs * math.ceil(len(examples) / c.batch)
     if c.stage == "base" or c.init is None and c.data != "world":
@@ -145,7 +145,7 @@ def main(c):
             text += [data.world_example("train", i, "verbose") for i in range(600)]
         model, processor = fresh(c.size, text, c.seed, c.prompt())
         model.to(c.device)
-        c.lr = c.lr or 1e-2
+        c.lr = c.lr or 6e-3
     else:
         model, processor = starting_model(c, small=3e-3, published=1e-5)
     run = Run(c, model, processor, decay=True)
@@ -392,7 +392,8 @@ class Run:
             waited = time.perf_counter() - begin
             metrics = one_step(self, step, *batch)
             self.step, seconds = step + 1, time.perf_counter() - begin
-            self.log(step=self.step, **metrics, waited=waited, seconds=seconds)
+            self.log(step=self.step, **metrics, prompt_tokens=batch[1].lengths.sum().item(),
+                     waited=waited, seconds=seconds)
             bar.set_postfix({name: f"{value:.3g}" for name, value in list(metrics.items())[:4]})
             last, stopped = self.step == c.steps, summed(torch.tensor(len(interrupted)))
             if last or c.eval_every and self.step % c.eval_every == 0:
