@@ -183,41 +183,6 @@ def trained_parameters(model, c):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def orthogonal(x):
-    """Each matrix of a stack with its singular values brought near 1, by five steps of a Newton-
-    Schulz iteration in bf16 (Jordan 2024). (n, rows, columns)"""
-    if x.shape[1] > x.shape[2]:
-        return orthogonal(x.mT).mT
-    x = x.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        square = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        x = torch.baddbmm(x, square, x, beta=3.4445)
-    return x
-
-
-class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon without weight decay and with AdamW's size of a step, equal to the bit, but
-    for all matrices of one shape at once: a thirtieth of its operations."""
-    def __init__(self, matrices, lr):
-        super().__init__(matrices, dict(lr=lr))
-
-    @torch.no_grad()
-    def step(self):
-        [group] = self.param_groups
-        moving = [p for p in group["params"] if p.grad is not None]
-        for shape in {p.shape for p in moving}:
-            some = [p for p in moving if p.shape == shape]
-            grads = [p.grad for p in some]
-            momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                       for p in some]
-            torch._foreach_lerp_(momenta, grads, 1 - 0.95)
-            ahead = torch._foreach_lerp(grads, momenta, 0.95)                    # Nesterov's
-            updates, rate = orthogonal(torch.stack(ahead)), 0.2 * max(shape) ** 0.5 * group["lr"]
-            torch._foreach_add_(some, updates.unbind(), alpha=-rate)
-
-
 def make_optimizers(trained, lr):
     """{name: its optimizer}: Muon for the matrices of the layers, AdamW for all else and LoRA.
 
@@ -229,7 +194,8 @@ def make_optimizers(trained, lr):
                 and re.search(r"layers\.|blocks\.|connector|merger", name)}
     rest = [p for name, p in trained.items() if name not in matrices]
     adamw = torch.optim.AdamW(rest, lr / 3 if matrices else lr, (0.9, 0.95), weight_decay=0.0)
-    muon = Muon(matrices.values(), lr) if matrices else None
+    muon = torch.optim.Muon(matrices.values(), lr, weight_decay=0.0,
+                            adjust_lr_fn="match_rms_adamw") if matrices else None
     return {name: muon if name in matrices else adamw for name in trained}
 
 
