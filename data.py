@@ -120,14 +120,14 @@ def paint(things):
 
 
 def describe(things):
-    """The scene in words: «1,2 red circle. 3,4 blue square.» (row and column of each thing)."""
-    in_order = sorted(things, key=lambda thing: thing[2:4])
-    return " ".join(f"{one.row},{one.column} {kind_of(one)}." for one in in_order)
+    """The scene in words: «1,2 red circle. 3,4 blue square.» (column and row of each thing)."""
+    in_order = sorted(things, key=lambda thing: (thing.row, thing.column))
+    return " ".join(f"{one.column},{one.row} {kind_of(one)}." for one in in_order)
 
 
 def cell_of(thing):
-    """«row 2, column 3»"""
-    return f"row {thing.row}, column {thing.column}"
+    """«column 3, row 2»"""
+    return f"column {thing.column}, row {thing.row}"
 
 
 def grid_box(thing):
@@ -205,8 +205,8 @@ FAMILIES = dict(     # two wordings of training, one for ood: known words, but n
     location=("Where is the {a}?", "Find the {a}.", "Where do you see the {a}?"))
 # what a step may say: a pattern of it, its verbose words, when it is true
 CLAIMS = [("{a}: {n}", "I count {n} {a}", lambda a, n: len(a) == n),
-          ("{a}: row {row}, column {column}", "I see the {a} in row {row} and column {column}",
-           lambda a, row, column: (row, column) in [thing[2:4] for thing in a]),
+          ("{a}: column {column}, row {row}", "I see the {a} in column {column} and row {row}",
+           lambda a, column, row: (row, column) in [thing[2:4] for thing in a]),
           (r"{x} \+ {y} = {n}", "{x} plus {y} makes {n}", lambda x, y, n: x + y == n),
           (r"{x} - {y} = {n}", "{x} minus {y} makes {n}", lambda x, y, n: x - y == n),
           (r"{x} \* {y} = {n}", "{x} times {y} makes {n}", lambda x, y, n: x * y == n),
