@@ -1,7 +1,7 @@
-"""Everything that has to be fast: Triton kernels, token log-probs, and the sampler.
+"""Everything that has to be fast: token log-probs, and the sampler.
 
-Each kernel stands beside a torch reference of the same signature. The reference runs on the CPU
-and under autograd, the kernel on CUDA without gradients; the tests hold one against the other.
+A step of the sampler is torch's operations alone, which a GPU captures as they are: none of them
+waits for the device, and none has a shape that depends on data.
 
 The last token of a prompt is the first token of each of its rollouts: a prompt is read once, and
 every rollout starts with a `step` on that token; no first token is special.
@@ -18,12 +18,6 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:                  # a CPU build of torch comes without triton: references run
-    triton = None
 
 NEGATIVE = -1e30                     # the logit of a banned token; finite, so that 0 * it is 0
 
@@ -58,105 +52,13 @@ def own_pieces(start, stop, size):
     return pieces(start, stop, size or math.ceil((stop - start) / WORLD))[RANK::WORLD]
 
 
-def on_cuda(launch):
-    """Beside a torch reference: `launch` runs instead on CUDA when no gradient is needed."""
-    def beside(reference):
-        def choose(x, *rest):
-            on_kernel = triton and x.is_cuda and not torch.is_grad_enabled()
-            return (launch if on_kernel else reference)(x, *rest)
-
-        choose.reference, choose.triton = reference, launch
-        return functools.update_wrapper(choose, reference)
-    return beside
-
-
+# ------------------------------------------------------------------------- the parts of a step
 def mix(x):
-    """A 32-bit hash (lowbias32) of int32 numbers: the same in torch and Triton, on every device.
+    """A 32-bit hash (lowbias32) of int32 numbers, the same on every device.
     The masks drop the copies of the sign that >> shifts in."""
     x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
     x = (x ^ (x >> 15 & 0x1FFFF)) * (0x846CA68B - 2 ** 32)
     return x ^ (x >> 16 & 0xFFFF)
-
-
-# ------------------------------------------------------------------------------------- kernels
-if triton:
-    mix_kernel = triton.jit(mix)
-    MASKED = tl.constexpr(NEGATIVE)
-
-    @triton.jit
-    def load_fp32(pointer, inside):
-        """Zero outside."""
-        return tl.load(pointer, inside, 0.0).to(tl.float32)
-
-    @triton.jit
-    def rotated(x, cos, sin, E, BLOCK: tl.constexpr):
-        """-> the head of width E at pointer x, turned by the angles at cos and sin."""
-        e = tl.arange(0, BLOCK)
-        inside, left = e < E, e < E // 2
-        turned = load_fp32(x + tl.where(left, e + E // 2, e - E // 2), inside)
-        turned = tl.where(left, -turned, turned) * load_fp32(sin + e, inside)
-        return load_fp32(x + e, inside) * load_fp32(cos + e, inside) + turned
-
-    @triton.jit
-    def rotate_and_store_kernel(q, k, v, cos, sin, keys, values, slots, out, S, G, H, K, E,
-                            BLOCK: tl.constexpr):
-        """One head of one row a program: the first H heads are of q, the other K of k and v."""
-        row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        e, angle = tl.arange(0, BLOCK), row * E
-        if head < H:
-            at = (row * H + head) * E
-            tl.store(out + at + e, rotated(q + at, cos + angle, sin + angle, E, BLOCK), e < E)
-        else:
-            at = (row * K + head - H) * E
-            k_turned = rotated(k + at, cos + angle, sin + angle, E, BLOCK)
-            slot = row // G * S + tl.load(slots + row)               # among those of all groups
-            stored = (slot * K + head - H) * E + e
-            tl.store(keys + stored, k_turned, e < E)
-            tl.store(values + stored, load_fp32(v + at + e, e < E), e < E)
-
-    @triton.jit
-    def sample_kernel(hidden, weight, banned, inverse_temperature, noisy, keys, generated,
-                      best, found, won, sums, R, D, V, share, ROWS: tl.constexpr,
-                      BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-        """A block of rows over `share` words: head, ban, noise, arg-max; logits never leave the
-        chip. best, found, won, sums (splits, R): the winner's logit with noise, its id, its
-        log-prob among these words, the log-sum-exp of theirs."""
-        row, split = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
-        inside, clock = row < R, mix_kernel(tl.load(generated).to(tl.int32))
-        key = mix_kernel(tl.load(keys + row, inside, 0) ^ clock)
-        scale, loudness = tl.load(inverse_temperature), tl.load(noisy)
-        # The winner so far, with noise and without; the running max and sum of a softmax.
-        token, peak = tl.zeros((ROWS,), tl.int64), tl.full((ROWS,), -float("inf"), tl.float32)
-        winner, top = tl.full((ROWS,), MASKED, tl.float32), tl.full((ROWS,), MASKED, tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        for start in range(split * share, tl.minimum((split + 1) * share, V), BLOCK):
-            word = start + tl.arange(0, BLOCK)
-            logit = tl.zeros((ROWS, BLOCK), tl.float32)
-            for column in range(0, D, BLOCK):
-                d = column + tl.arange(0, BLOCK)
-                h = tl.load(hidden + row[:, None].to(tl.int64) * D + d[None],
-                            inside[:, None] & (d[None] < D), 0.0)
-                w = tl.load(weight + word[None].to(tl.int64) * D + d[:, None],
-                            (word[None] < V) & (d[:, None] < D), 0.0)
-                logit = tl.dot(h, w, logit, input_precision=PRECISION)
-            free = tl.load(banned + word, word < V, 1) == 0
-            logit = tl.where(free[None], logit * scale, MASKED)
-            higher = tl.maximum(top, tl.max(logit, 1))
-            total = total * tl.exp(top - higher) + tl.sum(tl.exp(logit - higher[:, None]), 1)
-            top = higher
-            bits = mix_kernel(key[:, None] ^ mix_kernel(word)[None]) >> 9 & 0x7FFFFF
-            uniform = (bits.to(tl.float32) + 0.5) * 2 ** -23         # as in `gumbel`
-            noised = logit - loudness * tl.log(-tl.log(uniform))
-            highest, place = tl.max(noised, 1), tl.argmax(noised, 1)
-            chosen = tl.sum(tl.where(tl.arange(0, BLOCK)[None] == place[:, None], logit, 0.0), 1)
-            token = tl.where(highest > peak, start + place, token)
-            winner = tl.where(highest > peak, chosen, winner)
-            peak = tl.maximum(peak, highest)
-        at = split * R + row
-        tl.store(best + at, peak, inside)
-        tl.store(found + at, token, inside)
-        tl.store(won + at, winner - top - tl.log(total), inside)
-        tl.store(sums + at, top + tl.log(total), inside)
 
 
 def rotary(x, cos, sin):
@@ -166,24 +68,12 @@ def rotary(x, cos, sin):
     return (x * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)).type_as(x)
 
 
-def rotate_and_store_triton(q, k, v, cos, sin, keys, values, slots):
-    q, k, v, cos, sin = (x.contiguous() for x in (q, k, v, cos, sin))
-    (R, H, E), K, out = q.shape, k.shape[1], torch.empty_like(q)
-    rotate_and_store_kernel[(R, H + K)](
-        q, k, v, cos, sin, keys, values, slots, out,
-        S=keys.stride(0) // keys.stride(1),          # keys may be the first slots of a longer cache
-        G=R // len(keys), H=H, K=K, E=E, BLOCK=triton.next_power_of_2(E), num_warps=1)
-    return out
-
-
-@on_cuda(rotate_and_store_triton)
 def rotate_and_store(q, k, v, cos, sin, keys, values, slots):
-    """Rotates q and k, and writes k and v of row r to its slot in the cache of its group, r // G.
-    q (R, H, E); k, v (R, K, E); cos, sin (R, E); keys, values (R / G, S, K, E); slots (R,)."""
-    G = len(q) // len(keys)
-    group = torch.arange(len(q), device=q.device) // G                         # (R,)
+    """Rotates q and k, and writes k and v of row r to slots[r % G] in its group's cache, r // G.
+    q (R, H, E); k, v (R, K, E); cos, sin (R, E); keys, values (B, S, K, E); slots (G,)."""
     q, k = rotary(torch.cat([q, k], 1), cos, sin).split([q.shape[1], k.shape[1]], 1)
-    keys[group, slots], values[group, slots] = k, v
+    keys.index_copy_(1, slots, k.unflatten(0, (len(keys), -1)))
+    values.index_copy_(1, slots, v.unflatten(0, (len(keys), -1)))
     return q
 
 
@@ -205,23 +95,6 @@ def gumbel(keys, vocabulary):
     return uniform.log_().neg_().log_().neg_()
 
 
-def sample_triton(hidden, weight, banned, inverse_temperature, noisy, keys, generated):
-    (R, D), V, fp32 = hidden.shape, len(weight), hidden.dtype == torch.float32
-    # tl.dot takes 16 rows or more; the tiles of more rows would not stay in registers.
-    block = max(16, min(16 if fp32 else 64, triton.next_power_of_2(R)))
-    share, splits = 1024, triton.cdiv(V, 1024)       # words a program: few rows still fill a GPU
-    best, won, sums = torch.empty(3, splits, R, device=hidden.device)
-    found = torch.empty(splits, R, dtype=torch.long, device=hidden.device)
-    sample_kernel[(triton.cdiv(R, block), splits)](
-        hidden, weight, banned, inverse_temperature, noisy, keys, generated, best, found, won, sums,
-        R=R, D=D, V=V, share=share, ROWS=block, BLOCK=64, PRECISION="ieee" if fp32 else "tf32",
-        num_warps=8)
-    winner = best.argmax(0, keepdim=True)                                      # (1, R)
-    logprob = won + sums.log_softmax(0)              # neither is above 0
-    return found.gather(0, winner)[0], logprob.gather(0, winner)[0]
-
-
-@on_cuda(sample_triton)
 def sample(hidden, weight, banned, inverse_temperature, noisy, keys, generated):
     """Draws from softmax(h Wᵀ / T) without banned ids, by Gumbel arg-max in fp32. hidden (R, D);
     weight (V, D); inverse_temperature (1,); noisy (1,): 1, or 0 for greedy; the noise is that of
@@ -364,7 +237,7 @@ class Sampler:
         self.mask = head.new_zeros(groups, G, c.num_attention_heads // K, S)
         self.inverse_temperature, self.noisy = zeros(2, 1)           # noisy: 1, or 0 for greedy
         self.generated = integers(1)                 # tokens so far
-        self.first_slot = start + torch.arange(G, device=self.device).expand(groups, G)
+        self.first_slot = start + torch.arange(G, device=self.device)
         self.last_position = integers(groups, G)     # of the prompt's last token
         self.token = integers(groups, G)             # the input of the next step
         self.noise_key = zeros(groups, G).int()
@@ -411,7 +284,7 @@ class Sampler:
         if slots in self.graphs:
             self.graphs[slots].replay()
             return
-        self.step(slots)                             # also compiles the kernels, for the capture
+        self.step(slots)                             # also sets up cuBLAS, for the capture
         if self.on_gpu and self.capture:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -428,13 +301,13 @@ class Sampler:
         that token, and its own t0, t1, ... The first `slots` slots are in use.
 
         All rows have generated equally many tokens, since they go on until all have ended."""
-        slot = self.first_slot + self.generated * self.shape[1]                # (groups, G)
-        own = slot[..., None, None].expand(*self.mask.shape[:3], 1)
+        slot = self.first_slot + self.generated * self.shape[1]                # (G,)
+        own = slot[:, None, None].expand(*self.mask.shape[:3], 1)
         mask = self.mask.scatter_(3, own, 0.0).flatten(1, 2)[:, None, :, :slots]
 
         def attend(layer, q, k, v, rope):
             keys, values = self.cache[layer, :, :, :slots]
-            q = rotate_and_store(q, k, v, *rope, keys, values, slot.flatten())
+            q = rotate_and_store(q, k, v, *rope, keys, values, slot)
             return decode_attention(q, keys, values, mask)
 
         decoder = self.model.decoder
@@ -443,7 +316,7 @@ class Sampler:
         token, logprob = sample(hidden, self.model.lm_head.weight, self.banned,
                                 self.inverse_temperature, self.noisy, self.noise_key.flatten(),
                                 self.generated)
-        self.token.copy_(token.view_as(slot))
+        self.token.copy_(token.view_as(self.token))
         self.ids.index_copy_(0, self.generated, self.token[None])
-        self.logprobs.index_copy_(0, self.generated, logprob.view_as(slot)[None])
+        self.logprobs.index_copy_(0, self.generated, logprob.view_as(self.token)[None])
         self.generated.add_(1)

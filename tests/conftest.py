@@ -1,4 +1,4 @@
-"""Puts the repository on the path; without a GPU, Triton kernels run in Triton's interpreter.
+"""Puts the repository on the path.
 
 `checkpoint` makes what cannot be downloaded here: tiny random checkpoints of the public families,
 written by transformers, with a tokenizer that has the families' special tokens.
@@ -14,27 +14,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def bf16_in_the_interpreter():
-    """Triton's interpreter keeps bf16 as integers, and its dot multiplies these: widen them."""
-    try:
-        from triton import language
-        from triton.runtime.interpreter import InterpreterBuilder as Builder
-    except ImportError:
-        return
-    dot = Builder.create_dot
-
-    def widened(self, a, b, *rest):
-        a, b = (self.cast_impl(x, language.float32) if x.dtype.scalar == language.bfloat16 else x
-                for x in (a, b))
-        return dot(self, a, b, *rest)
-
-    Builder.create_dot = widened
 
 QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                "<|image_pad|>"]

@@ -1,15 +1,15 @@
 """A CUDA device that is not there, for tests on a machine without one.
 
-    with emulated_cuda(kernels) as device: ...
+    with emulated_cuda() as device: ...
 
 A tensor «on cuda» is a `CudaTensor`, a wrapper around a CPU tensor. Autograd, the rules of views
 and autocast, by CUDA's list of casts, are those of torch. Beneath, a dispatch mode sees each
 operation: it refuses what CUDA refuses (tensors of two devices), puts garbage into what `empty`
 returns, counts kernels, and counts what waits for the device by the line that does.
 
-A graph records operations and Triton's launches. Capturing computes nothing. A replay runs what
-was recorded on what the same memory holds by then, and nothing else: what Python held is lost, what
-a graph made is garbage afterwards, and memory that was freed since is noticed.
+A graph records operations. Capturing computes nothing. A replay runs what was recorded on what the
+same memory holds by then, and nothing else: what Python held is lost, what a graph made is garbage
+afterwards, and memory that was freed since is noticed.
 
 Not emulated: streams, the allocator, cuDNN's and fused attention's numbers, speed. Inside C++ the
 tensors are on «maia», a device that no build has: torch casts for it as for cuda, and looks for no
@@ -240,17 +240,6 @@ class Device(TorchDispatchMode):
                        for x in args[1] if x is not None)
         return name in LOOKS or name == "repeat_interleave"      # by a tensor
 
-    def launch(self, kernel, grid, *args, **kwargs):
-        """Of Triton, which takes a pointer to the CPU for one to the device."""
-        tensors = [x for x in args if torch.is_tensor(x)]
-        if not all(isinstance(x, CudaTensor) for x in tensors):
-            raise Refused(f"{kernel.__name__}: a tensor of the CPU")
-        self.count(kernel.__name__)
-        if self.capturing:
-            self.capturing.record(kernel[grid], args, kwargs, [])
-        else:
-            on_inner(kernel[grid], args, kwargs)
-
     @contextlib.contextmanager
     def capture(self, graph, pool=None):
         """torch.cuda.graph."""
@@ -260,15 +249,6 @@ class Device(TorchDispatchMode):
         finally:
             self.capturing = None
         self.graphs.append(graph)
-
-
-class Launcher:
-    """A Triton kernel: kernel[grid](...) runs it."""
-    def __init__(self, device, kernel):
-        self.device, self.kernel = device, kernel
-
-    def __getitem__(self, grid):
-        return functools.partial(self.device.launch, self.kernel, grid)
 
 
 class Autocast(torch.autocast):
@@ -343,9 +323,9 @@ def device_guards():
 
 
 @contextlib.contextmanager
-def emulated_cuda(kernels):
-    """Inside, torch has one CUDA device -> it. kernels: the module whose Triton kernels run there.
-    After it, all is as it was, and what was on the device is lost."""
+def emulated_cuda():
+    """Inside, torch has one CUDA device -> it. After it, all is as it was, and what was on the
+    device is lost."""
     device, to, patch = Device(), torch.Tensor.to, pytest.MonkeyPatch()
     patch.setattr(torch.Tensor, "to", lambda x, *args, **kwargs: to(
         x, *map(moved, args), **{name: moved(value) for name, value in kwargs.items()}))
@@ -354,9 +334,6 @@ def emulated_cuda(kernels):
     for name, value in dict(CUDAGraph=Graph, graph=device.capture, _lazy_init=lambda: None,
                             is_available=lambda: True, empty_cache=lambda: None).items():
         patch.setattr(torch.cuda, name, value)
-    for name, kernel in list(vars(kernels).items()):
-        if name.endswith("_kernel") and name != "mix_kernel":
-            patch.setattr(kernels, name, Launcher(device, kernel))
     try:
         with device_guards(), device, torch.autograd.set_multithreading_enabled(False):
             yield device

@@ -1,8 +1,8 @@
 """python -m tests.gpu: all that only a GPU can tell, in one command of less than ten minutes.
 
 The parts, in this order: tests that use a GPU; sampling by captured steps, by plain ones and by
-transformers; each kernel against its torch reference within a captured step; whole steps of GRPO
-and SFT, against TRL where it is installed; peak memory beside the README's table; the quick study.
+transformers; whole steps of GRPO and SFT, against TRL where it is installed; peak memory beside the
+README's table; the quick study.
 Each part's rows are written when it is finished, and the next start does only what is not there.
 
 Without a GPU the same code runs small, to test this script; then nothing is captured, and what
@@ -71,7 +71,7 @@ GOALS = {           # what a row's name ends with (a regular expression): above 
     "[^,]*, 256 rows: captured against generate": ">8",
     "SmolVLM-256M, 256 rows: of the copy's bandwidth": ">30",
     "SmolVLM-256M, 1,024 rows: of the copy's bandwidth": ">60",
-    "Qwen2-VL-2B, 64 rows: of the copy's bandwidth": ">60", ".* saves": ">5",
+    "Qwen2-VL-2B, 64 rows: of the copy's bandwidth": ">60",
     ".*: a GRPO step takes": "<10", "the study, preset quick": "<3", ".*: failed": "<1"}
 
 
@@ -243,34 +243,6 @@ def sample_rows(part, name, rows, model, processor, directory, moved):
     part.row(f"{name}: of the copy's bandwidth", 100 * rate / moved, "%", captured=True)
 
 
-def kernel_shares(part):
-    for label in (f"size {SIZE}", SMOLVLM):
-        part.attempt(label, kernel_shares_of)
-
-
-def kernel_shares_of(part, label):
-    with tempfile.TemporaryDirectory() as directory:
-        model, processor = saved(label, directory)
-    prompts = processor.batch([data.world_example("train", 1)] * PROMPTS)
-    rows, banned = PROMPTS * GROUP, processor.banned(model.vocabulary)
-
-    def ready():
-        sampler = Sampler(model, banned, -1, DTYPE)
-        sampler.generate(prompts, GROUP, TOKENS)                 # captures
-        return functools.partial(decode, sampler)
-
-    if CUDA and not kernels.triton:
-        raise RuntimeError("triton is not installed: there are references alone")
-    for name in [name for name, found in vars(kernels).items() if hasattr(found, "reference")]:
-        with_kernel = ready()
-        with mock.patch.object(kernels, name, getattr(kernels, name).reference):
-            without = ready()
-        mine, reference = in_turn(with_kernel, without)
-        saves = 100 * (1 - mine / reference)
-        part.row(f"{label}, {rows} rows: {name} saves", saves, "% of a step",
-                 "" if saves > 5 else "goes", captured=True)
-
-
 def imitate(run, *batch):
     return sft.imitate(run, 0, *batch)
 
@@ -400,7 +372,6 @@ PARTS = {           # name: seconds after which it measures nothing more, what i
     "sampling-m": (40, lambda part: sampling(part, f"size {SIZE}", ROWS, True)),
     "sampling-256M": (70, lambda part: sampling(part, SMOLVLM, ROWS, True)),
     "sampling-2B": (15, lambda part: sampling(part, QWEN, QWEN_ROWS, False)),
-    "kernels": (15, kernel_shares),
     "steps": (40, whole_steps),
     **{"memory-" + "-".join(re.findall(r"[\w.]+", label)): (
         10, functools.partial(peaks, label=label)) for label in SHAPES},

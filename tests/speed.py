@@ -1,10 +1,10 @@
 """python -m tests.speed: how long each thing that has to be fast takes on this machine.
 
 Beside it stands the floor, which no code can beat: its operations at the rate of a large product of
-matrices, or what sampling reads (weights and cache) at the rate of a large copy. (On a GPU kernels
-and captured steps count no operations: there the first floor is too low.) With --against the
-same is done with transformers and TRL, on the same checkpoint, prompts and lengths, in the same
-run; these libraries are in tests/requirements.txt, and none of them is needed otherwise.
+matrices, or what sampling reads (weights and cache) at the rate of a large copy. (On a GPU
+captured steps count no operations: there the first floor is too low.) With --against the same is
+done with transformers and TRL, on the same checkpoint, prompts and lengths, in the same run; these
+libraries are in tests/requirements.txt, and none of them is needed otherwise.
 """
 import argparse
 import copy

@@ -1,14 +1,7 @@
-"""Kernels against fp64, token log-probs against autograd, the sampler against the trainer."""
+"""A step's parts against fp64, log-probs against autograd, the sampler against the trainer."""
 import copy
 import math
-import os
-import pathlib
-import re
-import subprocess
-import sys
-from collections import defaultdict
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,8 +14,8 @@ import data
 import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FLOATS, DRAWS = [torch.float32, torch.bfloat16], 20_000
-each_float = pytest.mark.parametrize("dtype", FLOATS)
+DRAWS = 20_000
+each_float = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 each_shape = pytest.mark.parametrize("H, K, E", [(9, 3, 64), (4, 2, 32), (5, 5, 16)])
 
 
@@ -38,43 +31,27 @@ def random(*shape, dtype=torch.float32, seed=0):
 
 
 def close(got, expected, dtype=torch.float32):
-    """Within a few roundings of fp64; the interpreter truncates to bf16."""
+    """Within a few roundings of fp64."""
     tolerance = 2e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance)
-
-
-def ways(function):
-    return [function.reference] + ([function.triton] if kernels.triton else [])
-
-
-@torch.no_grad()
-def test_a_gpu_without_triton_runs_the_references(monkeypatch):
-    """The wheels of torch for Windows bring CUDA without triton: every norm crashed."""
-    asked = SimpleNamespace(is_cuda=True)
-    chosen = kernels.on_cuda(lambda x: "kernel")(lambda x: "reference")
-    for triton, expected in ((None, "reference"), (torch, "kernel")):
-        monkeypatch.setattr(kernels, "triton", triton)
-        assert chosen(asked) == expected
-    with torch.enable_grad():
-        assert chosen(asked) == "reference"
 
 
 ROOM = 700                           # slots of the whole cache
 
 
 def cache_inputs(H, K, E, dtype, G=2):
-    """Five groups of G rows at all kinds of slots, in a window of 650 slots."""
-    q, k, v = (random(5 * G, n, E, dtype=dtype, seed=seed) for seed, n in enumerate((H, K, K)))
-    slots = torch.tensor([0, 640, 17, 63, 256])[:, None] + torch.arange(G)
-    cache = (random(5, ROOM, K, E, dtype=dtype, seed=seed) for seed in (3, 4))
-    return q, k, v, *cache, slots.flatten().to(DEVICE)
+    """Five groups of G rows."""
+    rows = (random(5 * G, n, E, dtype=dtype, seed=seed) for seed, n in enumerate((H, K, K)))
+    return *rows, *(random(5, ROOM, K, E, dtype=dtype, seed=seed) for seed in (3, 4))
 
 
+@pytest.mark.parametrize("slots", [(0, 1), (640, 17), (63, 649)])
 @each_shape
 @each_float
-def test_rotate_and_store(H, K, E, dtype):
-    """Every row writes to its own slot of its group and nowhere else."""
-    q, k, v, keys, values, slots = cache_inputs(H, K, E, dtype)
+def test_rotate_and_store(H, K, E, dtype, slots):
+    """In a window of 650 slots every row writes to its own slot of its group, nowhere else."""
+    q, k, v, keys, values = cache_inputs(H, K, E, dtype)
+    slots = torch.tensor(slots, device=DEVICE)
     angles = random(10, E // 2, seed=6).double()
     rope = [torch.cat([part, part], -1).float() for part in (angles.cos(), angles.sin())]
 
@@ -82,16 +59,16 @@ def test_rotate_and_store(H, K, E, dtype):
         turned = torch.complex(*x.double().chunk(2, -1)) * torch.exp(1j * angles)[:, None]
         return torch.cat([turned.real, turned.imag], -1)
 
-    at = torch.arange(10, device=DEVICE) // 2, slots
+    at = torch.arange(10, device=DEVICE) // 2, slots.repeat(5)
     written = torch.zeros(5, ROOM, dtype=torch.bool, device=DEVICE)
     written[at] = True
     assert written.sum() == 10
-    for way in ways(kernels.rotate_and_store):
-        after = keys.clone(), values.clone()
-        close(way(q, k, v, *rope, *(x[:, :650] for x in after), slots), rotated(q), dtype)
-        for got, old, new in zip(after, (keys, values), (rotated(k), v)):
-            assert torch.equal(got[~written], old[~written])
-            close(got[at], new, dtype)
+    after = keys.clone(), values.clone()
+    got = kernels.rotate_and_store(q, k, v, *rope, *(x[:, :650] for x in after), slots)
+    close(got, rotated(q), dtype)
+    for got, old, new in zip(after, (keys, values), (rotated(k), v)):
+        assert torch.equal(got[~written], old[~written])
+        close(got[at], new, dtype)
 
 
 @pytest.mark.parametrize("G", [1, 2, 40])
@@ -99,7 +76,7 @@ def test_rotate_and_store(H, K, E, dtype):
 @each_float
 def test_decode_attention(H, K, E, dtype, G):
     """Every row sees slots of its own in the cache of its group, and no other."""
-    q, _, _, keys, values, _ = cache_inputs(H, K, E, dtype, G)
+    q, _, _, keys, values = cache_inputs(H, K, E, dtype, G)
     q[G] *= 32                                   # its largest score overflows exp
     ends = torch.tensor([1, 650, 130, 256, 577], device=DEVICE)
     seen = torch.rand(5, G, ROOM, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.3
@@ -132,7 +109,7 @@ def switches(temperature):
 @pytest.mark.parametrize("temperature", [0, 0.7, 1])
 @each_float
 def test_sample(R, D, V, free, temperature, dtype):
-    """Kernel and reference draw the arg-max of fp64, with whole parts of the vocabulary banned.
+    """The arg-max of fp64 is drawn, with whole parts of the vocabulary banned.
     Few bits an entry, so that every sum is exact and no arg-max is a matter of rounding."""
     hidden, weight = ((2 * random(n, D, seed=9)).round().clamp(-3, 3) / 4 for n in (R, V))
     hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -144,24 +121,22 @@ def test_sample(R, D, V, free, temperature, dtype):
     steps = torch.tensor([R], device=DEVICE)
     mixed = kernels.mix(keys ^ kernels.mix(steps.int()))
     noisy = wide + noise * kernels.gumbel(mixed, V)
-    for way in ways(kernels.sample):
-        got, logprobs = way(hidden, weight, banned, scale, noise, keys, steps)
-        assert not banned[got].any()
-        close(noisy.gather(1, got[:, None])[:, 0], noisy.max(1)[0])      # of equals, any one
-        close(logprobs, wide.log_softmax(-1).gather(1, got[:, None])[:, 0])
-        alone, _ = way(hidden[-1:], weight, banned, scale, noise, keys[-1:], steps)
-        assert alone.tolist() == got[-1:].tolist(), "noise depends on the rest of the batch"
+    got, logprobs = kernels.sample(hidden, weight, banned, scale, noise, keys, steps)
+    assert not banned[got].any()
+    close(noisy.gather(1, got[:, None])[:, 0], noisy.max(1)[0])          # of equals, any one
+    close(logprobs, wide.log_softmax(-1).gather(1, got[:, None])[:, 0])
+    alone, _ = kernels.sample(hidden[-1:], weight, banned, scale, noise, keys[-1:], steps)
+    assert alone.tolist() == got[-1:].tolist(), "noise depends on the rest of the batch"
 
 
 @each_float
 def test_no_log_prob_is_above_zero(dtype):
-    """The kernel's logit of a token and its sum of exponentials round differently: of an almost
+    """A token's logit and the sum of exponentials, made apart, rounded differently: of an almost
     certain token the log-prob was up to 8e-6, its probability above 1."""
     hidden = 3 * random(32, 64, dtype=dtype)
     keys, banned = torch.arange(32, dtype=torch.int32, device=DEVICE), torch.zeros(32) > 0
-    for way in ways(kernels.sample):
-        _, logprobs = way(hidden, hidden, banned.to(DEVICE), *switches(1), keys, START)
-        assert (logprobs <= 0).all() and logprobs.max() > -1e-4
+    _, logprobs = kernels.sample(hidden, hidden, banned.to(DEVICE), *switches(1), keys, START)
+    assert (logprobs <= 0).all() and logprobs.max() > -1e-4
 
 
 def unmixed(x):
@@ -177,12 +152,12 @@ def test_noise_of_all_bit_patterns():
     noise, free = kernels.gumbel(unmixed(bits), 1)[:, 0].double(), torch.zeros(2) > 0
     assert noise.isfinite().all() and (noise.diff() >= 0).all()
     assert abs(noise.mean() - 0.5772157) < 1e-5 and abs(noise.var() - math.pi ** 2 / 6) < 1e-4
-    for way in ways(kernels.sample):             # word 0 gets the loudest noise, then the softest
-        for which, logit, token in ((bits[-1:], 25.0, 1), (bits[:1], -25.0, 0)):
-            head = torch.tensor([[0.0], [logit]], device=DEVICE)
-            key = unmixed(unmixed(which).cpu().numpy().view(np.uint32).astype(np.uint64))
-            got, _ = way(head[1:] * 0 + 1, head, free.to(DEVICE), *switches(1), key, START)
-            assert int(got) == token
+    # Word 0 gets the loudest noise, then the softest.
+    for which, logit, token in ((bits[-1:], 25.0, 1), (bits[:1], -25.0, 0)):
+        head = torch.tensor([[0.0], [logit]], device=DEVICE)
+        key = unmixed(unmixed(which).cpu().numpy().view(np.uint32).astype(np.uint64))
+        got, _ = kernels.sample(head[1:] * 0 + 1, head, free.to(DEVICE), *switches(1), key, START)
+        assert int(got) == token
 
 
 def fits(counts, expected):
@@ -210,64 +185,6 @@ def test_samples_follow_the_softmax(first, temperature):
     assert fits(pairs, (DRAWS - 1) * (chance[:, None] * chance).flatten())
     words = kernels.gumbel(keys, 3)
     assert (torch.corrcoef(torch.cat([words[1:], words[:-1]], 1).T).triu(1).abs() < 0.03).all()
-
-
-def compile_for_gpus(kernel, *args, **named):
-    """In place of kernel[grid]: for exactly the types and constants that its launcher passes, and
-    with what Triton knows at a launch: addresses, and numbers that are multiples of 16, are
-    aligned. Without that another program was compiled, with a third of the shared memory."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import mangle_type
-    names = [p.name for p in kernel.params]
-    options = {name: value for name, value in named.items() if name not in names}
-    values = dict(zip(names, args)) | {name: named[name] for name in names if name in named}
-    fixed = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
-    types = {name: "constexpr" if name in fixed else mangle_type(values[name]) for name in names}
-    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names)
-               if name not in fixed and (torch.is_tensor(values[name]) or values[name] % 16 == 0)}
-    source = kernels.triton.compiler.ASTSource(kernel, types, fixed, aligned)
-    for target in TARGETS:
-        made = kernels.triton.compile(source, GPUTarget("cuda", target, 32), options)
-        ptx = made.asm["ptx"]
-        assert f".target sm_{target}" in ptx and len(made.asm["cubin"]) > 1000
-        assert made.metadata.shared <= 99 * 1024, "more shared memory than an sm_89 has"
-        assert "lg2.approx" not in ptx, "it rounds log(1 - 2^-24) to 0: infinite noise"
-        print(kernel.__name__, target)
-
-
-LAUNCHED, TARGETS = ["rotate_and_store_kernel", "sample_kernel"], (80, 86, 89, 90)
-
-
-def compile_all():
-    """The shapes of SmolVLM-256M and of Qwen2-VL-2B."""
-    for name in LAUNCHED:
-        compiled = partial(compile_for_gpus, getattr(kernels, name))
-        setattr(kernels, name, defaultdict(lambda compiled=compiled: compiled))
-    for dtype in FLOATS:
-        for H, K, E, D in ((9, 3, 64, 576), (12, 2, 128, 1536)):
-            q, k, v, keys, values, slots = cache_inputs(H, K, E, dtype, 8)
-            x, rope, banned = random(40, D, dtype=dtype), random(40, E), torch.zeros(2000).bool()
-            head = random(2000, D, dtype=dtype)
-            kernels.rotate_and_store.triton(q, k, v, rope, rope, keys, values, slots)
-            kernels.sample.triton(x, head, banned, *switches(1), slots.int(), START)
-
-
-@pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
-def test_kernels_compile_for_gpus():
-    """The interpreter takes types, shapes and shared memory that no compiler and no GPU takes."""
-    root = str(pathlib.Path(kernels.__file__).parent)
-    environment = {**os.environ, "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": "",
-                   "TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1",
-                   "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, __file__], env=environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert done.returncode == 0, done.stderr
-    expected = [f"{name} {target}" for name in LAUNCHED for target in TARGETS]
-    assert sorted(set(re.findall(r"\w+_kernel \d\d$", done.stdout, re.M))) == sorted(expected)
-    spilled = re.findall(r"'(\w+)' for 'sm_90a?'.*?(\d+) bytes spill stores, (\d+) bytes spill",
-                         done.stdout, re.S)
-    assert {name for name, *_ in spilled} == set(LAUNCHED)
-    assert not [found for found in spilled if found[1:] != ("0", "0")]
 
 
 @pytest.mark.parametrize("arguments, expected", [
@@ -671,19 +588,6 @@ def test_step_can_be_captured(vlm):
     assert all(map(torch.equal, weights, vlm.model.parameters()))
 
 
-@pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
-def test_sampler_on_kernels(vlm, monkeypatch):
-    """The uncaptured step of a GPU handed kernels a window of the cache; they read it as whole."""
-    results = []
-    for way in ("reference", "triton"):
-        for name in ("rotate_and_store", "sample"):
-            monkeypatch.setattr(kernels, name, getattr(getattr(kernels, name), way))
-        results.append(sampler_of(vlm, capture=False).generate(vlm.batch, 1, 4, 1.0, vlm.seeds))
-        monkeypatch.undo()
-    assert results[0].rows() == results[1].rows()
-    close(results[0].logprobs, results[1].logprobs)
-
-
 @pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU captures graphs")
 @pytest.mark.parametrize("B, G, N", [(1, 1, 5), (3, 3, 17), (4, 8, 48)])
 @each_float
@@ -695,7 +599,3 @@ def test_capture_changes_nothing(vlm, dtype, B, G, N):
         ask = batch, G, N, temperature, vlm.seeds[:B] + late
         assert captured.generate(*ask).rows() == other.generate(*ask).rows()
     assert captured.graphs and not other.graphs
-
-
-if __name__ == "__main__":
-    compile_all()

@@ -25,7 +25,6 @@ import sft
 
 ROOT = pathlib.Path(__file__).parents[1]
 ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="2", CUDA_VISIBLE_DEVICES="")
-ENVIRONMENT.pop("TRITON_INTERPRET", None)
 
 
 def command(script, out, start, *more):

@@ -19,7 +19,6 @@ EASYVQA = ROOT.parent / "shared" / "data" / "easyvqa"
 
 def run(*words):
     environment = dict(os.environ, CUDA_VISIBLE_DEVICES="")
-    environment.pop("TRITON_INTERPRET", None)
     return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment,
                           capture_output=True, text=True)
 
