@@ -362,13 +362,9 @@ EMPTY = (None, "", [], {})           # the values of a field that is not there
 # Names of fields, and marks in a question, that speak of what is missing if nobody reads them.
 UNREAD = re.compile(r"(?!(num|n|has|is)_)([a-z]+_)*(img|image|picture|photo|video|file_?name|label|"
                     r"option|choice|answer|target|truth)s?(_?(\d|[a-j](?![a-z])|url|src|path|file|"
-                    r"name|list|data|bytes|base64|text|key|index|idx)s?)*|[A-J]", re.I)
+                    r"name|list|data|bytes|base64|text|key|index|idx)s?)*|[A-J]|messages|"
+                    r"conversations?|instruction", re.I)
 STRAY = re.compile(r"<[|/]*\w*?(?:img|image|picture|video|vision)[^<>]*>|!\[[\w ]*\]\(", re.I)
-
-
-def full(fields):
-    """The fields that are there."""
-    return {name: value for name, value in fields.items() if value not in EMPTY}
 
 
 def field_of(convert, row, part, *more):
@@ -384,8 +380,8 @@ def field_of(convert, row, part, *more):
     return values[0] if values else None
 
 
-def as_text(text, type="text"):      # or the fields of a part of a chat's message
-    """text"""
+def as_text(text):
+    """text (the README has a converter of chats)"""
     return str.encode(text).decode()         # fails for half a character, which only JSON can hold
 
 
@@ -404,21 +400,6 @@ def as_choices(value):
     return [as_answer(choice) for choice in value]
 
 
-def as_chat(messages):
-    """messages with role and content alone, one each of system, user, assistant"""
-    chat = {message["role"]: as_message(**full(message)) for message in messages}
-    if len(chat) < len(messages) or not set(chat) <= {"system", "user", "assistant"}:
-        raise ValueError
-    return chat
-
-
-def as_message(role, content=""):
-    """A message whose content is a text, or parts that are texts and pictures -> text, a picture as
-    `<image>`. Its fields are arguments: another one, which nobody would read, is a TypeError."""
-    parts = [dict(text=content)] if isinstance(content, str) else map(full, content)
-    return "".join(IMAGE if one == dict(type="image") else as_text(**one) for one in parts)
-
-
 def as_images(value, root):
     """a path that never leaves the data directory, base64 bytes, or a list of these"""
     images = []
@@ -433,29 +414,24 @@ def as_images(value, root):
 
 def read_row(row, where, root, check):
     """One row -> Example, its pictures looked at, its answer checked: bad ones show before
-    training.
-
-    Question and response come from the chat in `messages` if there is one, else from flat fields;
-    answer and system prompt from their own fields, else from the response and from the chat."""
+    training. A row that has no answer has it in its response."""
     if not isinstance(row, dict):
         raise DataError(f"expected an object, got {row!r:.80}")
-    row = full(row)
+    row = {name: value for name, value in row.items() if value not in EMPTY}
     for name in filter(UNREAD.fullmatch, row.keys() - sum(NAMES.values(), ())):
-        raise DataError(f"field {name} is not read: name it image, choices, answer, or drop it")
+        raise DataError(f"field {name} is not read: a row has {', '.join(NAMES)}, system, id; name "
+                        "it so, drop it, or convert it once (the README has a converter of chats)")
     text = partial(field_of, as_text, row)
-    chat = field_of(as_chat, row, "messages") or {}
-    task = filter(None, [text("instruction"), text("input")])        # Alpaca's
-    question = chat.get("user") or text("question") or "\n".join(task)
-    said = chat.get("assistant") or text("response") or ""
+    question, said = text("question") or "", text("response") or ""
     answer = field_of(as_answer, row, "answer") or extract_answer(said)
     for part, value in (("question", question), ("answer", answer)):
         if not value.strip():
-            raise DataError(f"no {part}: expected {NAMES[part]}, or messages; got {[*row]!r:.200}")
+            raise DataError(f"no {part}: expected {NAMES[part]}; got {[*row]!r:.200}")
     choices = field_of(as_choices, row, "choices")
     question += "".join(f"\n({chr(ord('A') + i)}) {one}" for i, one in enumerate(choices or []))
     rationale = text("rationale") or str(row.get("answer")).rpartition("####")[0]
     response = said or tagged(answer, re.sub("</?think>", "", rationale).strip())
-    system = text("system") or chat.get("system", "")
+    system = text("system") or ""
     images = field_of(as_images, row, "images", root) or []
     if IMAGE not in question:
         question = IMAGE * len(images) + question

@@ -348,6 +348,8 @@ FAULTS = [
           'if image.mode.startswith("I"):', "if False:"),
     Fault("data.py", "a field with a picture is dropped",
           "in filter(UNREAD.fullmatch, row", "in filter(None, [] and row"),
+    Fault("data.py", "a chat beside other fields is dropped",
+          '|[A-J]|messages|"', '|[A-J]|"', "tests/test_data.py -k 'bad_rows or dropped'"),
     Fault("data.py", "<image 1> is text",
           "    if stray or question.count", "    if question.count"),
     Fault("data.py", "one of two answers is dropped",

@@ -258,24 +258,17 @@ LAYOUTS = {     # tool: row, question, answer, response
     "r1v eval": (dict(image_path="a.png", question=PLAIN, ground_truth="3"), Q, "3", THREE),
     "two pictures": (dict(id=1, image=["a.png", "b.png"], question="Same?", output="no"),
                      "<image><image>Same?", "no", "no"),
-    "alpaca": (dict(instruction="Add.", input="1, 2", output="3"), "Add.\n1, 2", "3", "3"),
-    "alpaca bare": (dict(instruction="Add.", input="", output=COT + "3"), "Add.", "3", COT + "3"),
-    "chat": (dict(messages=[USER, told("3", "assistant")], image="a.png"), Q, "3", "3"),
-    "chat parts": (dict(image={"path": "a.png"}, messages=[
-        PARTS, told([dict(type="text", text=THREE)], "assistant")]), Q, "3", THREE),
-    "chat and fields": (dict(messages=[told("?"), told("1", "assistant")], problem="2?", answer="3",
-                             completion="4"), "?", "3", "1"),
-    "chat question": (dict(messages=[PARTS], image="a.png", solution="3"), Q, "3", THREE),
     "trl text": (dict(prompt="1 + 2?", completion=THREE), "1 + 2?", "3", THREE),
     "trl twice": (dict(prompt="?", completion=f"{SPACED}? 4. <answer>4</answer>"), "?", "4",
                   f"{SPACED}? 4. <answer>4</answer>"),
-    "several names": (dict(problem="?", question="?", prompt="?", instruction="i", input="j",
-                           answer=3, ground_truth="3", solution=SPACED, completion=COT + "5",
-                           output=COT + "5", images=["a.png"], image="a.png",
-                           image_path="./a.png"), "<image>?", "3", COT + "5"),
-    "empty names": (dict(messages=[], problem=None, question=PLAIN, answer="", ground_truth=[],
-                         solution="3", images=[], image={}, image_path="a.png", options=[],
-                         image_1=None, img="", choice_a={}, completion=""), Q, "3", THREE),
+    "several names": (dict(problem="?", question="?", prompt="?", answer=3, ground_truth="3",
+                           solution=SPACED, completion=COT + "5", output=COT + "5",
+                           images=["a.png"], image="a.png", image_path="./a.png"),
+                      "<image>?", "3", COT + "5"),
+    "empty names": (dict(messages=[], conversations=None, instruction="", problem=None,
+                         question=PLAIN, answer="", ground_truth=[], solution="3", images=[],
+                         image={}, image_path="a.png", options=[], image_1=None, img="",
+                         choice_a={}, completion=""), Q, "3", THREE),
     "mmmu": (dict(question=PLAIN, options=["2", "3"], image="a.png", image_2=None, answer="B",
                   img_type=["Plots"], question_type="multiple-choice"),
              Q + "\n(A) 2\n(B) 3", "B", "<answer>B</answer>"),
@@ -299,9 +292,9 @@ LAYOUTS = {     # tool: row, question, answer, response
 
 @pytest.mark.parametrize("tool", LAYOUTS)
 def test_layouts(read, tool):
-    """Flat fields by their names in the common tools, and chats; what wins where a row has both.
-    R1-V's `thinking` brings its own `<think>`. An empty `images` once hid a full `image`, and
-    GSM8K's whole solution was the answer, so that nothing could equal it."""
+    """Flat fields by their names in the common tools; R1-V's `thinking` brings its own `<think>`.
+    An empty `images` once hid a full `image`, and GSM8K's whole solution was the answer, so that
+    nothing could equal it."""
     whole, *expected = LAYOUTS[tool]
     for kind, text in (("jsonl", json.dumps(whole) + "\r\n\n"), ("json", json.dumps([whole]))):
         example, = read(raw=text.encode(), kind=kind)
@@ -310,37 +303,23 @@ def test_layouts(read, tool):
         assert [p.size for p in example.pictures()] == [(64, 64)] * expected[0].count("<image>")
 
 
-@pytest.mark.parametrize("fields, system", [({}, "Be brief."), (dict(system="Look."), "Look.")])
-def test_system_of_a_chat(read, fields, system):
-    """A field of its own wins over a chat's first message."""
-    chat = [told("Be brief.", "system"), USER, told("3", "assistant")]
-    assert read(dict(messages=chat) | fields)[0].system == system
-
-
 BAD = {     # what the message says: rows
     "object": [[], None, 5, "text"],
     "question": [{}, dict(answer="a"), *(row(question=q) for q in (" ", ["q"], 5, "\ud800"))],
-    "field {'(instruction|input)'": [dict(instruction=5, output="a"),
-                          dict(instruction="q", input=["x"], output="a")],
-    "field {'messages'.*: expected messages with role and content alone, one each of system": [
-        dict(messages=value, answer="a") for value in (
-            "hello", 5, USER, ["hello"], [None], [[]], [told(5)], [told("q", ["user"])],
-            [told(["q"])], [told("q", "tool")], [USER, USER],
-            [told([dict(type="text", text=None)])], human(Q, "0"), [USER | dict(images=["a.png"])],
-            [USER | dict(image="a.png")], [told([dict(type="image_url", image_url="a.png")])],
-            [told([dict(type="input_image", file_id="a.png"), dict(type="text", text="q")])])],
-    "no question|role and content": [dict(messages=value, answer="a") for value in (
-        [], [told("q", "assistant")], [dict(role="user")], [told(None)])],
     # layouts that are to be converted first
-    "no question: expected .*'problem', .*messages; got .*'conversations'": [
+    "field (messages|conversations|instruction) is not read: a row has question, images, answer, "
+    "choices, response, rationale, system, id; .* once \\(the README has a converter of chats": [
+        dict(messages=[USER], answer="a"), row(messages="hello"), row(messages=5),
+        dict(image="a.png", messages=[USER, told("3", "assistant")]),
         dict(id=1, image="a.png", conversations=human(Q, "0")),
-        dict(images=["a.png"], system="Be brief.", conversations=human(Q, COT + "3"))],
-    "field {'prompt': .*'role'.*: expected text": [
+        dict(images=["a.png"], system="Be brief.", conversations=human(Q, COT + "3")),
+        dict(instruction="Add.", input="1, 2", output="3"), row(instruction="Add.")],
+    "field {'prompt': .*'role'.*: expected text .the README has a converter of chats": [
         dict(images=["a.png"], prompt=[USER], completion=[told(THREE, "assistant")]),
         dict(prompt=[PARTS], image="a.png", solution="3")],
-    "field {'completion': .*'role'.*: expected text": [
+    "field {'completion': .*'role'.*: expected text .the README": [
         dict(prompt="?", completion=[told(THREE, "assistant")])],
-    "no answer": [dict(question="q"), dict(messages=[USER]), *(row(answer=answer) for answer in (
+    "no answer": [dict(question="q"), *(row(answer=answer) for answer in (
         "", " ", None, [], {}, "<answer> </answer>", "\\boxed{}", "Nothing is left.\n#### "))],
     "expected one text or finite number, or a box of four numbers": [row(answer=gold) for gold in (
         True, False, NAN, math.inf, -math.inf, ["a"], ["18", "18.0"], [1, 2, 3], [1, 2, 3, 4, 5],
@@ -397,11 +376,13 @@ def test_bad_rows(read, message, bad):
         "A", "B", "J", "a", "option_a", "optionB", "option1", "choice_c", "choice_a_text", "Answer",
         "answers", "answer_text", "answerKey", "answer_key", "answer_index", "correct_answer",
         "correct_choice", "gold_answer", "ground_truths", "label", "target", "final_answer",
-        "expected_answer", "reference_answer"))])
+        "expected_answer", "reference_answer")),
+    *((name, [{"role": "user", "content": "q"}]) for name in (
+        "messages", "Messages", "conversation", "conversations")), ("instruction", "Add.")])
 def test_what_would_be_dropped_is_named(read, name, value):
     """A picture under `image_url` or `image_1` (MMMU), choices under A, B, C (MMBench) or
     `choice_a` (SEED-Bench), an answer under `correct_answer` were dropped without a word: models
-    were trained to guess. Empty ones are not there."""
+    were trained to guess. So would be a chat beside other fields. Empty ones are not there."""
     for empty in (None, "", [], {}):
         assert read(row(**{name: empty}))[0].images == []
     for fields in ({}, dict(image="a.png", choices=["a", "b"])):
@@ -442,7 +423,7 @@ def test_other_marks_of_pictures(read, mark):
     for fields in (dict(question=f"What is {mark}?"), dict(question="q", choices=[mark, "a"]),
                    dict(question=f"<image> or {mark}?", image="a.png"),
                    dict(question=f"{mark} What?", images=["a.png"]),
-                   dict(messages=[told(f"What is {mark}?")], image="a.png")):
+                   dict(prompt=f"What is {mark}?", image="a.png")):
         with pytest.raises(data.DataError, match=r"rows\.jsonl:2.*other marks \[.+\]: write one"):
             read(row(), dict(answer="a") | fields)
 
@@ -455,23 +436,101 @@ def test_text_that_is_no_mark(read, text):
     assert read(row(question=text))[0].question == text
 
 
-@pytest.mark.parametrize("parts", [
-    [dict(type="image", image="b.png"), dict(type="text", text="q")],
-    [dict(type="image", path="b.png"), dict(type="text", text="q")],
-    [dict(type="image", url="https://x.org/b.png"), dict(type="text", text="q")],
-    [dict(type="image"), dict(type="text", text="q", image="b.png")],
-    [dict(type="image"), dict(type="image_url", text="q", image_url=dict(url="b.png"))],
-    [dict(type="image"), dict(type="video", text="q", video="a.mp4")]], ids=repr)
-def test_pictures_inside_a_chat(read, parts):
-    """A part that brings its own picture was read without it, or as the row's first one."""
-    with pytest.raises(data.DataError, match=r"rows\.jsonl:2"):
-        read(row(), dict(messages=[told(parts)], images=["a.png"], answer="a"))
+# ------------------------------------------------------------------ chats, converted once
+SAID, IMAGE_PART, TEXT_PART = told("3", "assistant"), dict(type="image"), PARTS["content"][1]
+NULLS = [dict(type="image", text=None), dict(type="text", text=PLAIN, image=None)]
+CHATS = {       # tool: row, question, answer, response, system
+    "chat": (dict(messages=[USER, SAID], image="a.png"), Q, "3", "3", ""),
+    "chat parts": (dict(image={"path": "a.png"}, messages=[
+        PARTS, told([dict(type="text", text=THREE)], "assistant")]), Q, "3", THREE, ""),
+    "chat of a question": (dict(messages=[PARTS], image="a.png", solution="3"),
+                           Q, "3", THREE, ""),
+    "chat, system": (dict(messages=[told("Be brief.", "system"), USER, SAID]),
+                     PLAIN, "3", "3", "Be brief."),
+    "chat, empty system": (dict(messages=[told("", "system"), USER, SAID]), PLAIN, "3", "3", ""),
+    "chat of Arrow's": (dict(messages=[told(NULLS) | dict(name=None)], images=["a.png"],
+                             conversations=None, answer="3"), Q, "3", THREE, ""),
+    "openai": (dict(messages=[told([TEXT_PART, dict(
+        type="image_url", image_url=dict(url="a.png", detail="high"))]), SAID]),
+               PLAIN + "<image>", "3", "3", ""),
+    "qwen": (dict(messages=[told([dict(type="image", image="a.png"), TEXT_PART]), SAID]),
+             Q, "3", "3", ""),
+    "bytes": (dict(messages=[told([dict(type="image", image={"bytes": ENCODED, "path": None}),
+                                   TEXT_PART]), SAID]), Q, "3", "3", ""),
+    "two pictures": (dict(messages=[told([IMAGE_PART, TEXT_PART, IMAGE_PART]), SAID],
+                          images=["a.png", "b.png"]), Q + "<image>", "3", "3", ""),
+    "sharegpt": (dict(image="a.png", conversations=human(Q, "0")), Q, "0", "0", ""),
+    "sharegpt, system": (dict(images=["a.png"], system="Be brief.",
+                              conversations=human(Q, COT + "3")), Q, "3", COT + "3", "Be brief."),
+    "sharegpt, system's turn": (dict(conversations=[
+        {"from": "system", "value": "Be brief."}, *human(PLAIN, "3")]),
+                                PLAIN, "3", "3", "Be brief."),
+    "trl": (dict(image="a.png", prompt=[PARTS], completion=[told(THREE, "assistant")]),
+            Q, "3", THREE, ""),
+    "trl, question": (dict(prompt=[USER], solution="3"), PLAIN, "3", THREE, ""),
+    "trl, null": (dict(prompt=[USER], completion=None, answer=3), PLAIN, "3", THREE, ""),
+    "alpaca": (dict(instruction="Add.", input="1, 2", output="3"), "Add.\n1, 2", "3", "3", ""),
+    "alpaca bare": (dict(instruction="Add.", input="", output=COT + "3"),
+                    "Add.", "3", COT + "3", "")}
 
 
-def test_nulls_of_a_chat(read):
-    """Arrow gives each part of a message every field of the others, as null."""
-    parts = [dict(type="image", text=None), dict(type="text", text=PLAIN, image=None)]
-    assert read(dict(messages=[told(parts)], image="a.png", answer="3"))[0].question == Q
+@pytest.fixture
+def convert(tmp_path, capsys, monkeypatch):
+    """convert(*rows) -> the rows that the README's own lines make of them."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```\n(.*?)```", readme, re.S)
+    code, = [block for block in blocks if "theirs.jsonl" in block]
+
+    def convert(*rows):
+        (tmp_path / "theirs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        monkeypatch.chdir(tmp_path)
+        exec(compile(code, "README", "exec"), {})
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return convert
+
+
+@pytest.mark.parametrize("tool", CHATS)
+def test_readme_converts_chats(read, convert, tool):
+    """Layouts that are not read are converted once, with their pictures, nulls and system turns."""
+    whole, *expected = CHATS[tool]
+    with pytest.raises(data.DataError, match="README has a converter"):
+        read(whole)
+    example, = read(*convert(whole))
+    assert [example.question, example.answer, example.response, example.system] == expected
+    assert [p.size for p in example.pictures()] == [(64, 64)] * expected[0].count("<image>")
+
+
+def test_what_is_flat_stays(convert):
+    """A file may hold both kinds of rows, and fields that the converter knows nothing of."""
+    flat = [dict(prompt="1 + 2?", completion=THREE, id=7), row(image="a.png", source="x")]
+    assert convert(*flat) == flat
+    assert convert(dict(messages=[USER], answer="3", id=7)) == [
+        dict(question=PLAIN, answer="3", id=7, images=None)]
+
+
+@pytest.mark.parametrize("fields", [
+    *(dict(messages=value) for value in (
+        "hello", 5, USER, ["hello"], [None], [[]], [told(5)], [told("q", ["user"])],
+        [told(["q"])], [told("q", "tool")], [USER, USER], [USER, SAID, USER, SAID], [SAID],
+        [told([dict(type="text", text=None)])], [USER | dict(images=["a.png"])],
+        [USER | dict(image="a.png")], [dict(role="user")], [told(None)], [told("")],
+        [told([dict(type="image_url", image_url=dict(url="https://x.org/a.png"))])],
+        [told([dict(type="input_image", file_id="file-7")])], [told([dict(type="image")])])),
+    dict(messages=[USER], question="2?"), dict(messages=[USER], problem="2?"),
+    dict(messages=[USER, SAID], completion="4"), dict(messages=[USER], conversations=human("q")),
+    dict(messages=[told("Be brief.", "system"), USER], system="Look."),
+    *(dict(images=["a.png"], messages=[told(parts)]) for parts in (
+        [dict(type="image", image="b.png"), TEXT_PART],
+        [dict(type="image", path="b.png"), TEXT_PART],
+        [dict(type="image", url="https://x.org/b.png"), TEXT_PART],
+        [IMAGE_PART, dict(type="text", text="q", image="b.png")],
+        [IMAGE_PART, dict(type="image_url", text="q", image_url=dict(url="b.png"))],
+        [IMAGE_PART, dict(type="video", text="q", video="a.mp4")]))], ids=repr)
+def test_chats_that_would_be_misread(read, convert, fields):
+    """Of two user turns the last was asked alone; a part that brings its own picture was read
+    without it, or as the row's first one. Each stops the converter, or is a bad row after it."""
+    with pytest.raises((AssertionError, AttributeError, LookupError, TypeError, data.DataError)):
+        read(*convert(dict(answer="a") | fields))
 
 
 # ---------------------------------------------------------------------------------- golds
@@ -1057,24 +1116,3 @@ def test_an_error_in_a_thread_is_one_clear_line(start, monkeypatch):
                             evaluate.Config, "")
     assert str(stopped.value).startswith("error: nowhere/0: expected") and "\n" not in str(
         stopped.value)
-
-
-def test_readme_converts_the_rows_of_other_tools(tmp_path, capsys, monkeypatch):
-    """Layouts that are not read are converted once; the README's own lines do it."""
-    readme = (pathlib.Path(data.__file__).parent / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```\n(.*?)```", readme, re.S)
-    code, = [block for block in blocks if "theirs.jsonl" in block]
-    theirs = [
-        {"image": "a.png", "conversations": human(Q, "0")},
-        {"images": ["a.png"], "system": "Be brief.", "conversations": human(Q, COT + "3")},
-        {"image": "a.png", "prompt": [PARTS], "completion": [told(THREE, "assistant")]},
-        {"prompt": [USER], "solution": "3"}, {"prompt": "1 + 2?", "completion": THREE}]
-    (tmp_path / "a.png").write_bytes(PNG)
-    (tmp_path / "theirs.jsonl").write_text("\n".join(map(json.dumps, theirs)))
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README", "exec"), {})
-    (tmp_path / "ours.jsonl").write_text(capsys.readouterr().out)
-    examples = data.read_examples(tmp_path / "ours.jsonl")
-    assert [(e.question, e.answer, e.response) for e in examples] == [
-        (Q, "0", "0"), (Q, "3", COT + "3"), (Q, "3", THREE), (PLAIN, "3", THREE),
-        ("1 + 2?", "3", THREE)]
