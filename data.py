@@ -120,19 +120,19 @@ def paint(things):
 
 
 def describe(things):
-    """The scene in words: «1,2 red circle. 3,4 blue square.» (column and row of each thing)."""
+    """The scene in words: «red circle (1,2). blue square (3,4).»"""
     in_order = sorted(things, key=lambda thing: (thing.row, thing.column))
-    return " ".join(f"{one.column},{one.row} {kind_of(one)}." for one in in_order)
+    return " ".join(f"{kind_of(one)} {cell_of(one)}." for one in in_order)
 
 
 def cell_of(thing):
-    """«column 3, row 2»"""
-    return f"column {thing.column}, row {thing.row}"
+    """«(3,2)»: column and row"""
+    return f"({thing.column},{thing.row})"
 
 
 def grid_box(thing):
     """The answer to where it is: the box of its cell, between the lines 1 to 5 of the grid."""
-    return str([thing.column, thing.row, thing.column + 1, thing.row + 1])
+    return f"[{thing.column},{thing.row},{thing.column + 1},{thing.row + 1}]"
 
 
 # ------------------------------------------------ the tabletop world: questions and rationales
@@ -205,7 +205,7 @@ FAMILIES = dict(     # two wordings of training, one for ood: known words, but n
     location=("Where is the {a}?", "Find the {a}.", "Where do you see the {a}?"))
 # what a step may say: a pattern of it, its verbose words, when it is true
 CLAIMS = [("{a}: {n}", "I count {n} {a}", lambda a, n: len(a) == n),
-          ("{a}: column {column}, row {row}", "I see the {a} in column {column} and row {row}",
+          (r"{a}: \({column},{row}\)", "I see the {a} in column {column} and row {row}",
            lambda a, column, row: (row, column) in [thing[2:4] for thing in a]),
           (r"{x} \+ {y} = {n}", "{x} plus {y} makes {n}", lambda x, y, n: x + y == n),
           (r"{x} - {y} = {n}", "{x} minus {y} makes {n}", lambda x, y, n: x - y == n),
@@ -283,8 +283,7 @@ def base_example(index):
     """Pretraining for a model that can reason, as instruct models do: the rather, the more steps
     an answer takes; and more in words than before a picture."""
     rng = random.Random(f"base/{index}")
-    kind = rng.choices(list(BASE_MIX), list(BASE_MIX.values()))[0]
-    kind, _, words = kind.partition(" in ")
+    kind, _, words = rng.choices(list(BASE_MIX), list(BASE_MIX.values()))[0].partition(" in ")
     example = world_example("train", 10_000_000 + index, words=bool(words))
     things, alone = example.scene, singles(example.scene)
     question, response = "Describe the table.", describe(things)
@@ -446,7 +445,7 @@ def read_row(row, where, root, check):
     return example
 
 
-MAX_PIXELS = 32_000_000              # of a picture that is opened; --max-pixels sets it
+MAX_PIXELS = 32_000_000              # of a picture that is opened
 
 
 @lru_cache(maxsize=4)                # questions about one picture mostly follow one another
@@ -456,7 +455,7 @@ def open_image(source):
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         image = Image.open(file, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP"))    # EPS: a program
         if image.width * image.height > MAX_PIXELS or max(image.size) > 200 * min(image.size):
-            raise ValueError(f"{image.size} is over --max-pixels {MAX_PIXELS}, or of ratio 200")
+            raise ValueError(f"{image.size} is over {MAX_PIXELS} pixels, or of ratio 200")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):                           # grey in 16 bits
             image = Image.fromarray((numpy.asarray(image) // 257).astype(numpy.uint8))

@@ -9,23 +9,29 @@ Faithful, on the tabletop: right, with every step of the reasoning true; else lu
 """
 import argparse
 import ast
-import base64
-import html
+import contextlib
 import io
+import itertools
 import json
 import math
+import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import unicodedata
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from operator import add, mul, neg, pos, sub, truediv
-from statistics import correlation, fmean as mean
+from statistics import correlation, fmean as mean, stdev
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -428,17 +434,21 @@ def run_command(command):
     if WORLD > 1:
         sys.exit(f"error: first, as one process: {command}")
     print(f"\n$ {command}", flush=True)
-    script, *options = shlex.split(command)[1:]
-    process = subprocess.Popen([sys.executable, pathlib.Path(__file__).with_name(script), *options])
-    signal.signal(signal.SIGINT, lambda *_: process.send_signal(signal.SIGINT))     # it may save
-    if code := process.wait():
+    (script, *options), here = shlex.split(command)[1:], pathlib.Path(__file__).parent
+    process = subprocess.Popen([sys.executable, here / script, *options],
+                               env=os.environ | dict(PYTHONPATH=str(here)))
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:        # a terminal has told it, too; it may save
+        process.send_signal(signal.SIGINT)
+        code = process.wait()
+    if code:
         sys.exit(f"error: that command ended with {code}; start again to go on here")
 
 
 @dataclass
 class CommonConfig:
     """Options of every script. What is not given of a prompt is as the checkpoint stores it."""
-    max_pixels: int = option(data.MAX_PIXELS, "of a picture; a larger one is a bad row", least=1)
     data: str = option("world", "world, or a .jsonl or .json file")
     system: str = option(None, "system line of the prompt")
     instruction: str = option(None, "text after each question, e.g. to think first")
@@ -468,7 +478,6 @@ class Config(CommonConfig):
 
 def load_examples(c, split, limit=None):
     """The examples of a split of --data, as data.load_dataset."""
-    data.MAX_PIXELS = c.max_pixels
     return data.load_dataset(c.data, split, limit, c.skip_bad_rows, check_gold)
 
 
@@ -516,152 +525,300 @@ def main(c):
 
 
 # ----------------------------------------------------------------------------------- the study
+# A cell is a model, named by the way to it: «weak/sft/grpo --algorithm dapo» is DAPO after SFT of
+# the weak base; «@strong» stands for the strong base's own answers to the training questions.
+# Seed k has its own base, where all its cells start; weak and middle are that base's youth.
+AGES = {"weak": "base/step-1000", "middle": "base/step-1600", "strong": "base", "large": "large"}
+BASES = {"base": "--keep 1000,1600", "large": "--size m --steps 1500"}
+YOUNG = ("weak", "middle", "strong")
+GRID = [f"middle/sft --lr {lr} --epochs {n}" for lr in ("1e-3", "3e-3", "1e-2") for n in (3, 6)]
+GRID += [f"middle/grpo --lr {lr} --steps {n}"
+         for lr in ("2e-4", "5e-4", "1e-3") for n in (100, 200)]
+
+
+class Finding(NamedTuple):
+    """A question of the paper: the cells that it compares, and what it says of them."""
+    question: str
+    axis: str                        # of its figures
+    ticks: tuple                     # along that
+    splits: tuple                    # whose accuracy they show
+    series: dict                     # {name: cell, with {} for a tick}
+    claims: dict                     # {sentence: difference in points, above 0 where it holds}
+
+    def cells(self):
+        """-> {name of a series: its cell at each tick}; the scripts take 2,000 by themselves"""
+        return {name: [cell.format(tick).removesuffix(" --examples 2000") for tick in self.ticks]
+                for name, cell in self.series.items()}
+
+
+def likely_traces(a):
+    """Spearman's ρ, times 100, over the traces from the middle base: how likely they were to it
+    (log-prob per token), and accuracy out of distribution after learning them."""
+    cells = [cells[0] for cells in FINDINGS["traces"].cells().values()]
+    return 100 * spearman([a(cell, "trace_logprob") for cell in cells],
+                          [a(cell, "ood") for cell in cells])
+
+
+FINDINGS = {
+    "capacity": Finding(
+        "What does each way make of a base, by its age and size?", "base", tuple(AGES), ("test", "ood"),
+        {"base": "{}", "SFT": "{}/sft", "GRPO": "{}/grpo", "DAPO": "{}/grpo --algorithm dapo",
+         "SFT → GRPO": "{}/sft/grpo"},
+        {"from the weak base, SFT leads GRPO": lambda a: a("weak/sft") - a("weak/grpo"),
+         "that lead is smaller from the strong base":
+            lambda a: a("weak/sft") - a("weak/grpo") - a("strong/sft") + a("strong/grpo"),
+         "together, SFT → GRPO, they beat the better of the two (strong base)":
+            lambda a: a("strong/sft/grpo") - max(a("strong/sft"), a("strong/grpo"))}),
+    "data": Finding(
+        "How many questions does it take?", "questions (strong base)",
+        (125, 500, 2000, 8000, 20000), ("test", "ood"),
+        {"SFT": "strong/sft --examples {}", "GRPO": "strong/grpo --examples {}"},
+        {"SFT on 2,000 traces is at most 2 points behind GRPO on 20,000 questions":
+            lambda a: a("strong/sft") - a("strong/grpo --examples 20000") + 2}),
+    "transfer": Finding(
+        "Trained before pictures: what is it worth in words?", "base", YOUNG, ("text",),
+        {"base": "{}", "SFT": "{}/sft", "GRPO": "{}/grpo"},
+        {"SFT gains in words (strong base)":
+            lambda a: a("strong/sft", "text") - a("strong", "text"),
+         "and more than GRPO": lambda a: a("strong/sft", "text") - a("strong/grpo", "text")}),
+    "rewards": Finding(
+        "Is a model of higher reward a better one?", "base", YOUNG, ("test",),
+        {"GRPO": "{}/grpo", "SFT → GRPO": "{}/sft/grpo", "lenient": "{}/grpo --grader lenient",
+         "SFT → lenient": "{}/sft/grpo --grader lenient"},
+        {"while GRPO's reward rises, held-out accuracy falls (weak base)":
+            lambda a: min(a("weak/grpo", "reward_gain"), -a("weak/grpo", "held_out_gain")),
+         "SFT first makes the regret of GRPO smaller (weak base)":
+            lambda a: a("weak/grpo", "regret") - a("weak/sft/grpo", "regret"),
+         "a lenient reward is worth less (strong base)":
+            lambda a: a("strong/grpo") - a("strong/grpo --grader lenient")}),
+    "traces": Finding(
+        "Which traces are worth learning?", "base", ("middle", "strong"), ("test", "ood", "text"),
+        {"short": "{}/sft", "verbose": "{}/sft --traces verbose",
+         "answers alone": "{}/sft --traces answer", "its own": "{0}/sft --traces @{0}",
+         "the strong's": "{}/sft --traces @strong"},
+        {"short traces keep what the strong base could out of distribution":
+            lambda a: a("strong/sft", "ood") - a("strong", "ood"),
+         "verbose traces are worth less there":
+            lambda a: a("strong/sft", "ood") - a("strong/sft --traces verbose", "ood"),
+         "the likelier the traces, the better there (middle base, 100 ρ)": likely_traces})}
+# Of each: its cells, the evaluation's options, and what the commands of a script end with.
+PRESETS = {
+    "quick": dict(cells=[age + way for age in ("weak", "strong")
+                         for way in ("", "/sft", "/grpo", "/sft/grpo")], test="--limit 600"),
+    "paper": dict(cells=[*YOUNG, *(cell for finding in FINDINGS.values()
+                                   for cells in finding.cells().values() for cell in cells)],
+                  test="--limit 1000"),
+    "tune": dict(cells=GRID, test="--limit 1000 --split val"),
+    "smoke": dict(cells=["strong", "strong/sft", "strong/grpo"],
+                  test="--limit 60 --split test,text",
+                  base="--steps 150 --eval-examples 12", sft="--examples 256 --eval-examples 12",
+                  grpo="--prompts 8 --steps 10 --eval-every 5 --eval-examples 12")}
+EVALUATIONS = dict(sft="--eval-every 30", grpo="--eval-every 10")    # along a training
+
+
 @dataclass
 class StudyConfig:
-    preset: str = option("quick", "smoke: does it run; quick: the comparison", ("smoke", "quick"))
+    """Options of evaluate.py study."""
+    preset: str = option("quick", "paper: all findings; tune: rates; smoke: does it run",
+                         tuple(PRESETS))
+    finding: str = option(None, "of the cells, those of one finding", tuple(FINDINGS))
     out: str = option("runs/study", "directory of the study")
-    seeds: int = option(1, "runs per cell, each from the same base", least=1)
+    first_seed: int = option(0, "the first of the seeds")
+    seeds: int = option(1, "how many; each has a base of its own", least=1)
+    jobs: int = option(1, "commands at a time; they share the cores", least=1)
     device: str = option(DEVICES[0], "cpu or cuda", DEVICES)
 
 
-PRESETS = {
-    "quick": dict(weak=600, limit=600, base="--keep 600", sft="--examples 2000",
-                  grpo="--examples 2000 --steps 100 --eval-every 10"),
-    "smoke": dict(weak=6, limit=24, base="--steps 12 --keep 6 --batch 32 --eval-examples 12",
-                  sft="--examples 128 --epochs 1 --eval-examples 12", grpo="--examples 64 "
-                  "--prompts 4 --steps 3 --eval-every 1 --eval-examples 12 --max-new-tokens 32")}
-CURVES = {"held_out": "#0b6e4f", "reward": "#c1440e", "accuracy": "#7a7a7a", "format": "#3b6fb6"}
+def way_to(cell, c, seed):
+    """-> the directory of a cell's model, {what is made on the way there: its command}"""
+    home, preset = shlex.quote(f"{c.out}/seed-{seed}"), PRESETS[c.preset]
+    before, _, training = cell.rpartition("/")
+    last = f"--seed {seed} --device {c.device} --resume"
+    if not before:
+        base = AGES[cell].partition("/")[0]
+        command = f"python sft.py --stage base {BASES[base]} {preset.get('base', '')}"
+        return f"{home}/{AGES[cell]}", {f"{home}/{base}": f"{command} --out {home}/{base} {last}"}
+    init, way = way_to(before, c, seed)
+    script, _, options = training.partition(" ")
+    for age in re.findall(r"@(\w+)", options):
+        teacher, teachers_way = way_to(age, c, seed)
+        rollouts = f"{teacher}/rollouts.jsonl"
+        options = options.replace(f"@{age}", rollouts)
+        way |= teachers_way | {rollouts: f"python evaluate.py --model {teacher} --split train "
+                               f"--limit 2000 --temperature 1 --out {rollouts} --device {c.device}"}
+    model = f"{home}/{re.sub('[^a-z0-9]+', '-', cell)}"
+    command = f"python {script}.py --init {init} {EVALUATIONS[script]} {options}"
+    return model, way | {model: f"{command} {preset.get(script, '')} --out {model} {last}"}
 
 
-def study_cells(c):
-    """Yields the study as commands to paste: `command` makes a model, `evaluation` tests it."""
-    preset, out = PRESETS[c.preset], shlex.quote(c.out)
-
-    def cell(strength, method, seed, name, model, command):
-        evaluation = (f"python evaluate.py --model {out}/{model} --limit {preset['limit']} "
-                      f"--device {c.device} --out {out}/answers/{name}.jsonl")
-        return dict(name=name, strength=strength, method=method, seed=seed, command=command,
-                    evaluation=evaluation, model=f"{c.out}/{model}",
-                    answers=f"{c.out}/answers/{name}.jsonl")
-
-    weak = f"base/step-{preset['weak']}"             # kept on the way to the strong base
-    command = f"{preset['base']} --out {out}/base --device {c.device} --resume"
-    yield cell("strong", "base", 0, "strong-base", "base", f"python sft.py --stage base {command}")
-    yield cell("weak", "base", 0, "weak-base", weak, None)
-    for seed in range(c.seeds):
-        for strength, base in (("weak", weak), ("strong", "base")):
-            for method, script, init in (("sft", "sft", base), ("grpo", "grpo", base),
-                                         ("sft-grpo", "grpo", f"{strength}-sft-{seed}")):
-                name = f"{strength}-{method}-{seed}"
-                command = (f"python {script}.py --init {out}/{init} --seed {seed} {preset[script]} "
-                           f"--out {out}/{name} --device {c.device} --resume")
-                yield cell(strength, method, seed, name, name, command)
+def commands_of(cell, c, seed):
+    """-> what makes a cell, and the evaluation of its model."""
+    model, way = way_to(cell, c, seed)
+    test = f"python evaluate.py --model {model} {PRESETS[c.preset]['test']} --device {c.device}"
+    return [*way.values(), f"{test} --out {model}/answers.jsonl"]
 
 
-def reward_curve(model):
-    """Points (mean reward and its parts since the evaluation before, held-out accuracy), Spearman
-    ρ after the first third (below 0: the reward deceives), regret (best minus last accuracy)."""
-    rows, points = data.read_jsonl(f"{model}/metrics.jsonl"), []
-    evaluations = [i for i, row in enumerate(rows) if "val_accuracy" in row]
-    for start, end in zip(evaluations, evaluations[1:]):         # between them, a row for each step
-        means = {name: mean(row[name] for row in rows[start + 1:end])
-                 for name in ("reward", "accuracy", "format")}
-        points.append(dict(step=rows[end]["step"], held_out=rows[end]["val_accuracy"], **means))
-    held_out, late = [rows[i]["val_accuracy"] for i in evaluations], points[len(points) // 3:]
-    rho = spearman([point["reward"] for point in late], [point["held_out"] for point in late])
-    return dict(points=points, spearman=rho, regret=max(held_out) - held_out[-1])
+def unquoted(name):
+    """What the shell would make of it."""
+    return pathlib.Path(*shlex.split(name))
 
 
-def results_of(cell):
-    """A cell whose commands have run, with its figures."""
-    steps = data.read_jsonl(f"{cell['model']}/metrics.jsonl") if cell["command"] else []
-    return cell | dict(seconds=sum(row.get("seconds", 0) for row in steps),
-                       splits=summaries(data.read_jsonl(cell["answers"])),
-                       curve=reward_curve(cell["model"]) if "grpo" in cell["method"] else None)
+def make(made, commands):
+    """Runs the last of these commands, unless what it makes is there and came by all of them."""
+    path = unquoted(made)
+    came_by = path.with_name(f"{path.name}.commands")
+    if came_by.exists() and came_by.read_text() != "\n".join(commands):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    write_file(came_by, "\n".join(commands))
+    run = path / "run.json"
+    if not (path.is_file() or run.exists() and read_json(run).get("finished")):
+        run_command(commands[-1])
+
+
+def flops(row, parameters):
+    """Of a training step, roughly: 2 a parameter and token for a pass forward, twice that for the
+    one backward (Kaplan et al. 2020). GRPO samples first, and may ask the initial model."""
+    passes = 3 + ("reward" in row) + ("kl" in row)
+    return 2 * parameters * passes * (row["prompt_tokens"] + row["tokens"])
+
+
+COSTS = ("seconds", "flops", "trained", "sampled")       # the last two in tokens
+
+
+def course(rows, parameters, spent):
+    """metrics.jsonl -> a point for each evaluation: step, held-out accuracy, COSTS so far (`spent`
+    before the run), and the means since the point before of the reward and its parts."""
+    spent, points, since = Counter(spent), [], []
+    for row in rows:
+        if "val_accuracy" not in row:
+            spent.update(seconds=row["seconds"], flops=flops(row, parameters),
+                         trained=row["tokens"], sampled=row["tokens"] * ("reward" in row))
+            since.append(row)
+            continue
+        parts = [name for name in ("reward", "accuracy", "format") if since and name in since[0]]
+        points.append(dict(spent, step=row["step"], held_out=row["val_accuracy"])
+                      | {name: mean(step[name] for step in since) for name in parts})
+        since = []
+    return points
+
+
+def gains(points):
+    """By how much the reward and held-out accuracy rose, best minus last held-out accuracy, and
+    Spearman's ρ of the two after the first third."""
+    reward, held_out = ([point[name] for point in points[1:]] for name in ("reward", "held_out"))
+    late = len(points) // 3
+    return dict(reward_gain=reward[-1] - reward[0], held_out_gain=held_out[-1] - held_out[0],
+                regret=max(held_out) - held_out[-1],
+                spearman=spearman(reward[late:], held_out[late:]))
+
+
+def run_cell(cell, c, seed, locks):
+    """Makes a cell's model and lets it answer -> the cell, with its commands and figures. It costs
+    what all trainings on the way to it cost, but for the base."""
+    model, way = way_to(cell, c, seed)
+    commands = commands_of(cell, c, seed)
+    for i, made in enumerate(way):
+        with locks[made]:            # cells share their beginnings
+            make(made, commands[:i + 1])
+    run_command(commands[-1])
+    figures, spent = {}, dict.fromkeys(COSTS, 0)
+    for run in map(unquoted, list(way)[1:] or [model]):
+        if (run / "metrics.jsonl").exists():             # not of rollouts, nor of a young base
+            rows = data.read_jsonl(run / "metrics.jsonl")
+            points = course(rows, (run / "model.safetensors").stat().st_size / 4, spent)
+            spent = {name: points[-1][name] for name in COSTS}
+            figures = gains(points) if "reward" in rows[1] else dict(trace_logprob=-rows[1]["loss"])
+            figures |= dict(points=points, labels=read_json(run / "run.json")["examples"]) | spent
+    answers = unquoted(f"{model}/answers.jsonl")
+    splits = summaries(data.read_jsonl(answers))
+    for whole in splits.values():
+        whole["families"] = {name: one["accuracy"] for name, one in whole["families"].items()}
+    return dict(cell=cell, seed=seed, commands=commands, answers=str(answers), splits=splits,
+                **figures)
 
 
 def study(c):
-    """Runs the cells that are not there yet, then writes the report."""
-    path = pathlib.Path(c.out) / "results.json"
-    machine = f"{c.device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
-    results = read_json(path) if path.exists() else dict(preset=c.preset, machine=machine, cells=[])
-    done = {cell["name"]: cell for cell in results["cells"]}
-    for cell in tqdm(list(study_cells(c)), "study", disable=None):
-        before = done.get(cell["name"], {})
-        if before != before | cell:                  # it was never run, or with other commands
-            for command in filter(None, (cell["command"], cell["evaluation"])):
-                run_command(command)
-            done[cell["name"]] = results_of(cell)
-            results["cells"] = list(done.values())
-            write_file(path, json.dumps(results, indent=1))
-    write_file(path.with_name("report.html"), report(**results))
-    print(f"\n{text_table(main_table(results['cells']))}\n\nmore in {c.out}/report.html")
+    """Runs the cells that are not there yet, then writes the report. What fails stops alone."""
+    if c.jobs > 1:                   # else each waits for the threads of the others
+        os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // c.jobs))
+    path, cells = pathlib.Path(c.out) / "results.json", PRESETS[c.preset]["cells"]
+    if c.finding:
+        cells = [*YOUNG, *sum(FINDINGS[c.finding].cells().values(), [])]
+    known = read_json(path)["cells"] if path.exists() else []
+    done = {(cell["cell"], cell["seed"]): cell for cell in known}
+    wanted = dict.fromkeys(itertools.product(cells, range(c.first_seed, c.first_seed + c.seeds)))
+    missing = [(cell, seed) for cell, seed in wanted
+               if done.get((cell, seed), {}).get("commands") != commands_of(cell, c, seed)]
+    locks, failed = defaultdict(threading.Lock), []
+    with ThreadPoolExecutor(c.jobs) as pool:
+        running = {pool.submit(run_cell, cell, c, seed, locks): (cell, seed)
+                   for cell, seed in missing}
+        try:
+            for future in tqdm(as_completed(running), "study", len(running), disable=None):
+                if future.exception():
+                    failed.append("{} of seed {}".format(*running[future]))
+                    continue
+                done[running[future]] = future.result()
+                results = json.dumps(dict(cells=[done[key] for key in sorted(done)]))
+                short = json.loads(results, parse_float=lambda text: round(float(text), 4))
+                write_file(path, json.dumps(short))
+        except KeyboardInterrupt:    # those that run have been told, too, and save
+            pool.shutdown(cancel_futures=True)
+            raise
+    if done:
+        run_command(f"python tests/report.py {shlex.quote(c.out)}")
+    if failed:
+        sys.exit(f"error: these cells failed, start again to go on: {', '.join(failed)}")
 
 
-# ---------------------------------------------------------------------------------- the report
-HEAD = """<!doctype html><meta charset="utf-8"><title>SFT and GRPO</title><style>body{margin:2em;
-font:15px/1.5 sans-serif}td{padding:.2em .7em}tr:first-child{font-weight:bold}img{height:160px}
-.True,.faithful{color:#0b6e4f}.lucky{color:#b36b00}.False,.wrong{color:#b3261e}</style>"""
-NOTES = """Accuracy in percent, 95 % Wilson intervals; what follows is of the test. Faithful: right,
-every step true; lucky: right, one false. Spearman: reward and held-out accuracy after the first
-third; below 0, the reward deceives. Regret: best minus last. One seed proves little."""
+# ------------------------------------------------------------------------------ what is found
+ANGLES = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.double)
 
 
-def html_table(rows):
-    return "<table>" + "".join("<tr><td>" + "<td>".join(row) for row in rows) + "</table>"
+def t_interval(values):
+    """-> mean, its 95 % interval over seeds, the p-value of a mean of 0. Student's T of n values is
+    sqrt(n - 1) tan(angle), where the angle has the density cos(angle) ** (n - 2)."""
+    n, middle = len(values), mean(values)
+    if n == 1:
+        return middle, -math.inf, math.inf, 1.0
+    within = (ANGLES.cos() ** (n - 2)).cumsum(0)
+    within = within / within[-1]                         # P(|T| below that of each angle)
+    error = max(stdev(values), 1e-9) / math.sqrt(n)
+    angle = math.atan(abs(middle) / error / math.sqrt(n - 1))
+    p = 1 - within[torch.searchsorted(ANGLES, angle)].item()
+    t = math.sqrt(n - 1) * ANGLES[torch.searchsorted(within, 0.95)].tan().item()
+    return middle, middle - t * error, middle + t * error, p
 
 
-def main_table(cells):
-    """A row for each model: its accuracy on every split; the other figures on the test split."""
-    splits = list(cells[0]["splits"])
-    rows = [["model", *splits, *COLUMNS[1:], "seconds", "spearman", "regret"]]
-    for cell in sorted(cells, key=lambda cell: cell["strength"], reverse=True):
-        of_splits = [columns(cell["splits"][split]) for split in splits]
-        curve = cell["curve"] or {}
-        last = [cell["seconds"], curve.get("spearman"), curve.get("regret")]
-        rows.append([cell["name"], *(accuracy for accuracy, *_ in of_splits), *of_splits[0][1:],
-                     *("" if figure is None else f"{figure:.2f}" for figure in last)])
+def known_figures(results):
+    """-> {seed: {(cell, figure): percent}}; a split's figure is its accuracy"""
+    known = defaultdict(dict)
+    for cell in results["cells"]:
+        figures = cell | {split: whole["accuracy"] for split, whole in cell["splits"].items()}
+        known[cell["seed"]] |= {(cell["cell"], name): 100 * value
+                                for name, value in figures.items() if isinstance(value, float)}
+    return known
+
+
+def judged(results):
+    """-> what is found of each claim whose cells are there: the difference of each seed, mean,
+    interval, verdict; and `holm`, the verdict as one of all of them (Holm 1979)."""
+    rows = []
+    claims = [(name, *claim) for name, one in FINDINGS.items() for claim in one.claims.items()]
+    for finding, claim, difference in claims:
+        values = []
+        for known in known_figures(results).values():
+            with contextlib.suppress(KeyError):          # of a cell that is not there
+                values.append(difference(lambda cell, name="test": known[cell, name]))
+        if values:
+            row = dict(zip(("mean", "low", "high", "p"), t_interval(values)), values=values)
+            word = "holds" if row["low"] > 0 else "opposite" if row["high"] < 0 else "undecided"
+            rows.append(row | dict(finding=finding, claim=claim, verdict=word))
+    stands = True
+    for left, row in zip(range(len(rows), 0, -1), sorted(rows, key=lambda row: row["p"])):
+        stands = stands and row["p"] * left < 0.05
+        row["holm"] = row["verdict"] if stands else "undecided"
     return rows
-
-
-def chart(title, points):
-    """A self-contained SVG: CURVES over the steps of a run, between 0 and 1.1."""
-    last, drawn = points[-1]["step"], ""
-    for i, (name, colour) in enumerate(CURVES.items()):
-        line = " ".join(f"{360 * p['step'] / last:.0f},{145 - 145 * p[name]:.1f}" for p in points)
-        drawn += (f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
-                  f'<text x="{95 * i}" y="175" fill="{colour}">{name}</text>')
-    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="-30 -41 420 232" width="420" '
-            'style="background:#fff;font:14px sans-serif"><path d="M0 0h360M0 72h360M0 145h360" '
-            'stroke="#ddd"/><text x="-17" y="5">1</text><text x="-17" y="150">0</text>'
-            f'<text y="-20">{title}, {last} steps</text>{drawn}</svg>')
-
-
-def rollout_table(cells, rows):
-    """One question put to every model, with each step marked; what a model wrote is escaped."""
-    example, file = data.world_example(*rows[0]["id"].split("/")), io.BytesIO()
-    example.images[0].save(file, "PNG")
-    picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    table = [[f'<img src="{picture}">', example.question.removeprefix(data.IMAGE), example.answer]]
-    for cell, row in zip(cells, rows):
-        steps = grade(row["response"], example).steps or [(row["response"], None)]
-        said = ". ".join(f"<span class={true}>{html.escape(step)}</span>" for step, true in steps)
-        answer = html.escape(data.extract_answer(row["response"]))
-        worth = f"<span class={verdict(row)}>{verdict(row)}</span>"
-        table.append([cell["name"], f"{said} <b>{answer}</b>", worth])
-    return html_table(table)
-
-
-def report(preset, machine, cells):
-    """-> the report, one page of HTML: table, curves, rollouts, commands."""
-    title = f"SFT and GRPO, preset {preset}, on {machine}"
-    charts = [chart(cell["name"], cell["curve"]["points"]) for cell in cells if cell["curve"]]
-    answers = zip(*(data.read_jsonl(cell["answers"]) for cell in cells))       # by question
-    tables = [rollout_table(cells, rows) for rows in list(answers)[:12]]
-    commands = [cell[key] for cell in cells for key in ("command", "evaluation") if cell[key]]
-    return (f"{HEAD}<h1>{title}</h1>{html_table(main_table(cells))}<p>{NOTES}</p>{''.join(charts)}"
-            f"<h2>Rollouts (green: a true step, red: a false one)</h2>{''.join(tables)}"
-            "<h2>Commands</h2><pre>" + html.escape("\n".join(commands)) + "</pre>")
 
 
 if __name__ == "__main__":

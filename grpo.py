@@ -114,7 +114,7 @@ def token_loss(logprob, old, sampled, reference, advantage, mask, c):
 @dataclass
 class Config(RunConfig):
     """Options of grpo.py. Those from advantage to tis come from --algorithm where none is given."""
-    steps: int = option(100, "rollout steps", least=1)
+    steps: int = option(None, "rollout steps (default: 100, or once through more)", least=1)
     algorithm: str = option("grpo", "preset of advantage to tis", tuple(ALGORITHMS))
     advantage: str = option(None, "centred: no std; rloo: no self", ("group", "centred", "rloo"))
     ratio: str = option(None, "of a token, or of a sequence (GSPO)", ("token", "sequence"))
@@ -129,8 +129,7 @@ class Config(RunConfig):
     tis: float = option(None, "cap of truncated importance sampling; 0: off")
     overlong_buffer: int = option(12, "tokens over which the penalty grows", least=1)
     log_kl: bool = option(False, "measure the KL to the initial model where beta is 0, too")
-    grader: str = option("strict", "of the reward; lenient: any number in the answer counts",
-                         ("strict", "lenient"))
+    grader: str = option("strict", "lenient: any number rewards", ("strict", "lenient"))
     format_weight: float = option(0.1, "what the format adds to the reward")
     prompts: int = option(32, "questions per step", least=1)
     group: int = option(8, "rollouts per question", least=2)
@@ -251,6 +250,7 @@ def main(c):
     if c.beta or c.log_kl:           # with LoRA the model itself, without its adapters
         reference = model if c.lora_rank else copy.deepcopy(model).requires_grad_(False)
     examples = load_examples(c, "train", c.examples if c.data == "world" else None)
+    c.steps = c.steps or max(100, math.ceil(len(examples) / c.prompts))
     run = Run(c, model, processor, decay=False, reference=reference)
     run.train(examples, c.prompts, explore)
 

@@ -253,7 +253,7 @@ class Run:
             sys.exit(f"error: --out {self.out} is --init, which would be lost; choose another")
         stored = read_file(read_json, path, {}) if c.resume else {}
         for name, value in self.options.items():
-            free = ("resume", "device", "save_every", "micro_batch", "recompute", "max_pixels")
+            free = ("resume", "device", "save_every", "micro_batch", "recompute")
             may_change = name in free or name == "steps" and not self.decay
             if name in stored and stored[name] != value and not may_change:
                 sys.exit(f"error: --{name.replace('_', '-')} was {stored[name]!r} in {self.out}, "

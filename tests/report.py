@@ -1,0 +1,238 @@
+"""python tests/report.py runs/study: prints what a study found, and writes its page, report.html,
+beside its results.json: verdicts, figures of each finding, tables, rollouts, commands. evaluate.py
+study ends with it.
+
+    python tests/report.py --readme        writes README's table and .github/capacity.svg from
+                                           .github/results.json
+"""
+import argparse
+import base64
+import functools
+import html
+import io
+import itertools
+import math
+import pathlib
+import re
+from collections import Counter, defaultdict
+
+import data
+from evaluate import (COLUMNS, FINDINGS, columns, grade, grouped, judge, judged, known_figures,
+                      mean, t_interval, text_table, verdict)
+from model import read_json, write_file
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@functools.cache
+def blind_levels(splits):
+    """-> {split: {family: accuracy of the commonest answer in training}}"""
+    common, levels = defaultdict(Counter), {}
+    for example in data.World("train", size=6000):
+        common[example.family][example.answer] += 1
+    for split in splits:
+        right = defaultdict(list)
+        for example in data.World(split, size=1200):
+            [(answer, _)] = common[example.family].most_common(1)
+            right[example.family].append(judge(answer, example) is True)
+        levels[split] = {family: mean(marks) for family, marks in right.items()}
+    return levels
+
+
+def verdict_table(results):
+    rows = [["finding", "claim", "difference in points", "seeds", "verdict", "of all (Holm)"]]
+    for row in judged(results):
+        seeds = len(row["values"])
+        interval = f" [{row['low']:+.1f}, {row['high']:+.1f}]" if seeds > 1 else ""
+        look = " (first look)" if seeds < 6 else ""
+        rows.append([row["finding"], row["claim"], f"{row['mean']:+.1f}{interval}", str(seeds),
+                     row["verdict"] + look, row["holm"]])
+    return rows
+
+
+def pooled(cells, split):
+    """A split's figures as means over seeds, with the t interval; of one seed, with Wilson's."""
+    wholes = [cell["splits"][split] for cell in cells]
+    figures = {name: mean(whole[name] for whole in wholes)
+               for name, value in wholes[0].items() if isinstance(value, (int, float))}
+    _, low, high, _ = t_interval([whole["accuracy"] for whole in wholes])
+    return figures | dict(interval=(low, high) if len(cells) > 1 else wholes[0]["interval"])
+
+
+SCALES = dict(labels=1, seconds=1, flops=1e-12, trained=1e-3, sampled=1e-3, spearman=1, regret=100)
+
+
+def main_table(results):
+    """A row for each cell, means over seeds: accuracy on every split, the other figures on the
+    first; then those of SCALES. A model below the blind level has collapsed."""
+    splits = results["cells"][0]["splits"]
+    blind = {split: mean(levels.values()) for split, levels in blind_levels((*splits,)).items()}
+    first = next(iter(blind))
+    more = [*COLUMNS[1:], *SCALES]
+    shown = [f"{100 * level:.1f}" for level in blind.values()]
+    rows = [["model", "seeds", "collapsed", *blind, *more],
+            ["blind", "", "", *shown, *[""] * len(more)]]
+    for name, cells in grouped(results["cells"], "cell").items():
+        of_splits = [columns(pooled(cells, split)) for split in blind]
+        collapsed = sum(cell["splits"][first]["accuracy"] < blind[first] for cell in cells)
+        scaled = [[scale * cell[figure] for cell in cells if cell.get(figure) is not None]
+                  for figure, scale in SCALES.items()]
+        rows.append([name, str(len(cells)), str(collapsed), *(shown[0] for shown in of_splits),
+                     *of_splits[0][1:], *(f"{mean(some):.2f}" if some else "" for some in scaled)])
+    return rows
+
+
+def family_table(results):
+    """Accuracy by family on the first split, means over seeds."""
+    split, blind = next(iter(blind_levels((*results["cells"][0]["splits"],)).items()))
+    known = {"blind": [blind]}
+    for name, cells in grouped(results["cells"], "cell").items():
+        known[name] = [cell["splits"][split]["families"] for cell in cells]
+    return [[split, *blind], *([name, *(f"{100 * mean(one[family] for one in some):.0f}"
+                                        for family in blind)] for name, some in known.items())]
+
+
+COLOURS = "#0b6e4f", "#c1440e", "#3b6fb6", "#8a5a00", "#7a3b9a"
+
+
+def chart(title, axis, series, ticks):
+    """An SVG of percentages. series {name: [(x, values, one a seed)]}: a dot for each, a line
+    through their means with t intervals; ticks {x: text}. Empty without a point."""
+    left, right, legend = min(ticks), max(ticks), 50
+    series = {name: points for name, points in series.items() if points}
+
+    def at(x, y, shift=0):
+        return f"{50 + 370 * (x - left) / (right - left or 1) + shift:.1f} {250 - 2 * y:.1f}"
+
+    drawn = [f'<path d="M{at(left, y)}h390" stroke="#ddd"/>'
+             f'<text x="15" y="{255 - 2 * y}">{y}</text>' for y in range(0, 101, 25)]
+    drawn += [f'<text x="{at(x, 0).split()[0]}" y="270" text-anchor="middle">{text}</text>'
+              for x, text in ticks.items()]
+    for k, ((name, points), colour) in enumerate(zip(series.items(), COLOURS)):
+        line = "L".join(at(x, mean(values), 5 * k) for x, values in points)
+        dots = "".join(f"M{at(x, y, 5 * k)}h0" for x, values in points for y in values)
+        for x, values in points:
+            _, low, high, _ = t_interval(values)
+            line += f"M{at(x, low, 5 * k)}L{at(x, high, 5 * k)}" if len(values) > 1 else ""
+        drawn.append(f'<g stroke="{colour}" fill="none"><path d="M{line}"/><path d="{dots}" '
+                     'stroke-width="4" stroke-linecap="round"/></g>'
+                     f'<text x="{legend}" y="28" fill="{colour}">{name}</text>')
+        legend += 8 * len(name) + 16
+    return series and (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -10 470 310" width="470" '
+        'font-family="sans-serif" font-size="13"><path fill="#fff" d="M0-10h470v310H0z"/>'
+        f'<text x="50" y="8" font-weight="bold">{title}</text>'
+        f'<text x="235" y="292" text-anchor="middle">{axis}</text>{"".join(drawn)}</svg>') or ""
+
+
+def along(cells, figure, axis):
+    """Of the runs of one cell -> [(x, percentages, one a seed)] of a figure of its evaluations."""
+    return [(mean(point[axis] for point in points), [100 * point[figure] for point in points])
+            for points in zip(*(cell.get("points", ()) for cell in cells)) if figure in points[0]]
+
+
+def charts(results, name):
+    """Yields the figures of a finding: accuracy on its splits; then capacity's over compute, and
+    the course of each training of rewards."""
+    finding, known = FINDINGS[name], known_figures(results).values()
+    by_name, cells = finding.cells(), grouped(results["cells"], "cell")
+    for split in finding.splits:
+        series = {}
+        for label, row in by_name.items():
+            values = [[own[cell, split] for own in known if (cell, split) in own] for cell in row]
+            series[label] = [(x, some) for x, some in enumerate(values) if some]
+        yield chart(f"accuracy on {split}, %", finding.axis, series, dict(enumerate(finding.ticks)))
+    for i, age in enumerate(finding.ticks if name == "capacity" else ()):
+        series = {label: [(math.log10(x), values)
+                          for x, values in along(cells.get(row[i], ()), "held_out", "flops") if x]
+                  for label, row in by_name.items() if "/" in row[i]}
+        powers = [math.floor(x) for points in series.values() for x, _ in points] or [0]
+        powers = {power: f"1e{power}" for power in range(min(powers), max(powers) + 2)}
+        yield chart(f"{age} base: held-out accuracy, %", "FLOP after the base", series, powers)
+    for cell in sum(by_name.values(), []) if name == "rewards" else ():
+        if cell in cells:
+            steps = [point["step"] for point in cells[cell][0]["points"]]
+            series = {figure: along(cells[cell], figure, "step")
+                      for figure in ("held_out", "reward", "accuracy", "format")}
+            yield chart(f"{cell}, %", "step", series, {steps[0]: 0, steps[-1]: steps[-1]})
+
+
+def html_table(rows):
+    return "<table>" + "".join("<tr><td>" + "<td>".join(row) for row in rows) + "</table>"
+
+
+HEAD = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>SFT and GRPO</title><style>body{margin:2em;font:15px/1.5 sans-serif}svg{max-width:100%}
+table{display:block;overflow-x:auto}td{padding:.2em .7em}tr:first-child{font-weight:bold}
+img{height:160px}.True,.faithful{color:#0b6e4f}.lucky{color:#b36b00}.False,.wrong{color:#b3261e}
+</style>"""
+NOTES = """Accuracy in percent, means over seeds with 95 % t intervals over seeds (of one seed:
+Wilson's, over its questions); every dot is a seed. Blind: the commonest training answer of each
+family. Collapsed: seeds below that. Faithful: right, every step true; lucky: right, one false.
+Costs are those of all trainings after the base: questions with an answer, seconds, TFLOP, thousands
+of tokens trained on and sampled. Spearman: of reward and held-out accuracy after the first third.
+Regret: best minus last held-out accuracy. Verdicts hold where a paired t interval of the difference
+lies above 0, are opposite below, else undecided; the last column counts all claims together."""
+
+
+def rollout_table(cells, rows):
+    """One question put to every model, with each step marked; what a model wrote is escaped."""
+    example, file = data.world_example(*rows[0]["id"].split("/")), io.BytesIO()
+    example.images[0].save(file, "PNG")
+    picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    table = [[f'<img src="{picture}">', example.question.removeprefix(data.IMAGE), example.answer]]
+    for cell, row in zip(cells, rows):
+        steps = grade(row["response"], example).steps or [(row["response"], None)]
+        said = ". ".join(f"<span class={true}>{html.escape(step)}</span>" for step, true in steps)
+        answer = html.escape(data.extract_answer(row["response"]))
+        worth = f"<span class={verdict(row)}>{verdict(row)}</span>"
+        table.append([cell["cell"], f"{said} <b>{answer}</b>", worth])
+    return html_table(table)
+
+
+def report(results):
+    """-> the page."""
+    page = f"{HEAD}<h1>SFT and GRPO</h1>{html_table(verdict_table(results))}<p>{NOTES}</p>"
+    for name, finding in FINDINGS.items():
+        page += f"<h2>{name}: {finding.question}</h2>{''.join(charts(results, name))}"
+    page += "<h2>All cells</h2>" + html_table(main_table(results))
+    page += html_table(family_table(results))
+    page += "<h2>Rollouts (green: a true step, red: a false one)</h2>"
+    cells = [cell for cell in results["cells"] if pathlib.Path(cell["answers"]).exists()]
+    cells = [cell for cell in cells if cell["seed"] == cells[0]["seed"]]
+    answers = zip(*(data.read_jsonl(cell["answers"]) for cell in cells))       # by question
+    page += "".join(rollout_table(cells, rows) for rows in itertools.islice(answers, 12))
+    commands = dict.fromkeys(line for cell in results["cells"] for line in cell["commands"])
+    return f"{page}<h2>Commands</h2><pre>{html.escape(chr(10).join(commands))}</pre>"
+
+
+def readme(text, results):
+    """-> README's text with the table of these results between its marks."""
+    table = text_table(verdict_table(results))
+    return re.sub(r"(?<=<!-- verdicts -->\n).*?(?=<!-- end -->)", lambda _: f"{table}\n", text,
+                  flags=re.S)
+
+
+def parser():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="?", default="runs/study", help="directory of a study")
+    parser.add_argument("--readme", action="store_true", help="write README's part instead")
+    return parser
+
+
+def main(options):
+    if not options.readme:
+        study = pathlib.Path(options.study)
+        results = read_json(study / "results.json")
+        print(text_table(main_table(results)), text_table(verdict_table(results)), sep="\n\n")
+        write_file(study / "report.html", report(results))
+        print(f"\n{study / 'report.html'}")
+        return
+    results, path = read_json(ROOT / ".github" / "results.json"), ROOT / "README.md"
+    path.write_text(readme(path.read_text(), results))
+    (ROOT / ".github" / "capacity.svg").write_text(next(charts(results, "capacity")))
+
+
+if __name__ == "__main__":
+    main(parser().parse_args())
