@@ -120,9 +120,9 @@ def paint(things):
 
 
 def describe(things):
-    """The scene in words: «red circle (1,2). blue square (3,4).»"""
+    """The scene in words: «(1,2) red circle. (3,4) blue square.»"""
     in_order = sorted(things, key=lambda thing: (thing.row, thing.column))
-    return " ".join(f"{kind_of(one)} {cell_of(one)}." for one in in_order)
+    return " ".join(f"{cell_of(one)} {kind_of(one)}." for one in in_order)
 
 
 def cell_of(thing):
@@ -275,8 +275,8 @@ def world_example(split, index, style="canonical", words=False):
 
 
 # Kinds of pretraining example and their shares in percent, of pictures and of tables in words.
-BASE_MIX = {"caption": 8, "counts": 22, "places": 16, "question": 16,
-            "counts in words": 10, "places in words": 10, "question in words": 18}
+BASE_MIX = {"caption": 16, "counts": 20, "places": 14, "question": 16, "caption in words": 4,
+            "counts in words": 8, "places in words": 8, "question in words": 14}
 
 
 def base_example(index):

@@ -795,7 +795,7 @@ def test_bad_options_are_named(capsys):
     ("--temperature nan", "--temperature nan: expected 0 to 1000000000"),
     ("--temperature inf", "--temperature inf: expected 0 to 1000000000"),
     ("--temperature -0.5", "--temperature -0.5: expected 0 to 1000000000"),
-    ("--max-pixels 0", "--max-pixels 0: expected 1 to 1000000000"),
+    ("--max-new-tokens 0", "--max-new-tokens 0: expected 1 to 1000000000"),
     ("--limit 2.5", "invalid int value: '2.5'"),
     ("--answer-format xml", "choose from 'tags', 'boxed'"),
     ("--device tpu", "invalid choice: 'tpu'")])
