@@ -30,7 +30,8 @@ import evaluate
 ROOT = pathlib.Path(__file__).parents[1]
 REAL = pathlib.Path(__file__).parents[2] / "shared" / "data"
 NOUNS = re.compile(f"(?:({'|'.join(data.COLOURS)}) )?({'|'.join(data.SHAPES)}|shape)s?")
-BASE = [data.base_example(i) for i in range(400)]
+TABLE = re.compile(r"\((\d),(\d)\) (\w+) (\w+)\.")     # (column,row) colour shape.
+BASE = [data.base_example(i) for i in range(4000)]
 
 
 def digest(split, indices):
@@ -47,12 +48,12 @@ def places(scene):
 
 def worth(question, family, scene):
     """The answer, read off the words and the scene by other code than data.ask's."""
-    text = re.sub(r"row \d: [^.]+\.", "", question).lower()
+    text = TABLE.sub("", question).lower()
     found = [[t for t in scene if colour in ("", t.colour) and shape in ("shape", t.shape)]
              for colour, shape in NOUNS.findall(text)]
     if family == "location":
         (thing,), = found
-        return str(list(thing.box))
+        return "[{1},{0},{3},{2}]".format(*thing[2:4], thing.row + 1, thing.column + 1)
     a, b = [*map(len, found), 0][:2]
     x, y = [*map(int, re.findall(r"\d+", text)), 0, 0][:2]
     return {"count": str(a), "sum": str(a + b), "cost": str(a * x + b * y),
@@ -89,7 +90,7 @@ def test_splits():
                 for split, examples in seen.items()}
     assert len(wordings["train"]) == 12 and len(wordings["ood"]) == 6
     assert not wordings["train"] & wordings["ood"]
-    seen["train"] += BASE
+    seen["train"] += BASE[:400]
     sizes = set(), set()
     for split, scene in ((split, e.scene) for split in seen for e in seen[split]):
         assert len({(t.row, t.column) for t in scene}) == len(scene)
@@ -109,9 +110,20 @@ def test_text_is_test_in_words():
         assert words.images == [] and words.question.endswith(". " + asked)
         assert (words.answer, words.response) == (seen.answer, seen.response)
         assert words.scene == seen.scene
-        rows = re.findall(r"row (\d): ([^.]+)\.", words.question)
-        assert places(seen.scene) == {(*name.split()[:2], int(row), int(name.split()[2]))
-                                      for row, names in rows for name in names.split(", ")}
+        assert places(seen.scene) == {(colour, shape, int(row), int(column)) for
+                                      column, row, colour, shape in TABLE.findall(words.question)}
+
+
+def test_a_box_on_the_grid_is_of_one_cell():
+    """No other cell's box reaches an overlap of a half, nor does that of two cells pass as one."""
+    things = [data.Thing("red", "circle", row, column, ()) for row in range(1, 5)
+              for column in range(1, 5)]
+    boxes = [data.grid_box(thing) for thing in things]
+    for i, j in itertools.product(range(16), range(16)):
+        example = data.Example("", "Where?", boxes[i], box=True)
+        assert (evaluate.judge(boxes[j], example) is True) == (i == j)
+    assert boxes[1] == "[2,1,3,2]"               # x before y, as in every box
+    assert evaluate.judge("[2, 1, 3, 2]", data.Example("", "Where?", boxes[1], box=True)) is True
 
 
 @pytest.mark.parametrize("split", ["train", "test", "ood"])
@@ -128,15 +140,42 @@ def test_answers_are_right(split):
 def test_base_tells_the_truth():
     """A base that learned false counts cannot be told from one that cannot see."""
     claims = 0
-    for e in BASE:
+    for e in BASE[:400]:
         assert e.question.count(data.IMAGE) == len(e.images)
         if "<answer>" in e.response:
             assert data.extract_answer(e.response) == worth(e.question, e.family, e.scene)
+        if "Describe" in e.question:
+            assert len(TABLE.findall(e.response)) == len(e.scene)
+            assert e.response == data.describe(e.scene)
+        if "Box" in e.question:
+            for kind, box in re.findall(r"(\w+ \w+): (\S+)\.", e.response):
+                assert box == worth(f"Where is the {kind}?", "location", e.scene)
         for sentence, verdict in data.check_steps(e.scene, e.response):
-            if re.fullmatch("[a-z ]+: [0-9]+", sentence):
+            if re.fullmatch("[a-z ]+: ([0-9]+|\\(.*\\))", sentence):
                 assert verdict, (e.question, sentence)
                 claims += 1
     assert claims > 200
+
+
+def test_base_mix():
+    """Shares of the kinds; it can reason, and mostly does not: the rather, the more steps there
+    are, and more in words than before a picture."""
+    kinds, thinks = collections.Counter(), collections.defaultdict(list)
+    for i, e in enumerate(BASE):
+        words = "" if e.images else " in words"
+        kind = {"Describe": "caption", "Count": "counts", "Box": "places", "Locate": "places"}.get(
+            e.question.removeprefix(data.IMAGE).split(". ")[-1].split()[0], "question")
+        kinds[("question" if "<answer>" in e.response else kind) + words] += 1
+        if "<answer>" in e.response:
+            shown = data.world_example("train", 10_000_000 + i).response
+            assert e.response in (shown, data.tagged(e.answer))
+            thinks[shown.count("."), words].append(e.response == shown)
+    for kind, share in data.BASE_MIX.items():
+        assert abs(kinds[kind] - 40 * share) < 4 * (40 * share) ** 0.5, kind
+    shares = {key: sum(some) / len(some) for key, some in thinks.items()}
+    for words in ("", " in words"):
+        assert shares[1, words] < shares[3, words] < shares[5, words]
+    assert all(shares[steps, ""] < shares[steps, " in words"] for steps in (1, 3, 5))
 
 
 def corrupt(sentence):
@@ -178,7 +217,8 @@ def test_rationales_are_true_and_lies_are_found(style, split):
     "banana", "circles", "circles: many", "Circles: 1", "circles: -1", "circles: ١", "1 + 1 = 3",
     "1 - 2 = 1", "2 is plus 2", "3 plus 3", "2 > 2", "3 as many as 3 makes 3", "I count 1", "1",
     "pink circles: 0", "x" * 200, "circles: 1, squares: 0", "circles: " + "0" * 99 + "1", "!?",
-    "1 > 0 = 1", "the answer is 4", "red circle: row 1, column 2", "circles: 1 squares: 0", "..",
+    "1 > 0 = 1", "the answer is 4", "red circle: (1,2)", "red circle: (1 1)", "..",
+    "circles: 1 squares: 0",
     "circles: 1\nsquares: 0", "Okay", "circles: 1; circles: 1", "squares: 0 circles", "\0"])
 def test_what_cannot_be_checked_is_false(text):
     """Prose that says nothing must not pass as a step that holds."""
