@@ -34,6 +34,7 @@ SAMPLER = "tests/test_kernels.py"
 CAPTURE = "tests/test_emulated.py -k 'captured or refresh or shape'"
 SCORE = "tests/test_model.py -k 'score or shared or end_mark or lora or adapters'"
 PROCESSES = "tests/test_processes.py"
+STUDY = "tests/test_study.py -k 'way or course or gains or t_interval or holm or command or unfin'"
 FAULTS = [
     # the wiring of a GRPO step, and its objective
     Fault("grpo.py", "answers graded against another question",
@@ -275,8 +276,6 @@ FAULTS = [
           "interval=wilson(accuracy * n, n)", "interval=wilson(accuracy * len(rows), len(rows))"),
     Fault("evaluate.py", "pass@k with replacement",
           "1 - math.comb(n - right, k) / math.comb(n, k)", "1 - (1 - right / n) ** k"),
-    Fault("evaluate.py", "the curve pairs a reward with the evaluation before",
-          'held_out=rows[end]["val_accuracy"]', 'held_out=rows[start]["val_accuracy"]'),
     Fault("evaluate.py", "answers of other prompts",
           "b = r // samples", "b = r % len(asked)"),
     # the sampler and the log-probs
@@ -323,6 +322,40 @@ FAULTS = [
     Fault("kernels.py", "a place is handed on with its old tokens visible",
           "        self.mask[groups] = NEGATIVE\n", "", SAMPLER),
     # the world, the rows and the tokens
+    # the study
+    Fault("evaluate.py", "the points of a run forget what was spent before",
+          "spent, points, since = Counter(spent)", "spent, points, since = Counter()", STUDY),
+    Fault("evaluate.py", "a reward is the mean of all steps so far",
+          "        since = []\n    return points", "    return points", STUDY),
+    Fault("evaluate.py", "sampling costs nothing",
+          'passes = 3 + ("reward" in row)', "passes = 3", STUDY),
+    Fault("evaluate.py", "all seeds start from one base",
+          '{c.out}/seed-{seed}"', '{c.out}/seed-0"', STUDY),
+    Fault("evaluate.py", "a changed command is not run again",
+          'came_by.read_text() != "\\n".join(commands)', "False", STUDY),
+    Fault("evaluate.py", "only the last command may change",
+          'came_by.read_text() != "\\n".join(commands)', 'commands[-1] not in came_by.read_text()',
+          STUDY),
+    Fault("evaluate.py", "one seed more than there is",
+          "(ANGLES.cos() ** (n - 2))", "(ANGLES.cos() ** (n - 1))", STUDY),
+    Fault("evaluate.py", "half of a p-value",
+          "p = 1 - within[", "p = 0.5 - 0.5 * within[", STUDY),
+    Fault("evaluate.py", "after a claim that fails others stand",
+          'stands = stands and row["p"] * left < 0.05', 'stands = row["p"] * left < 0.05', STUDY),
+    Fault("evaluate.py", "no correction for many claims",
+          'row["p"] * left < 0.05', 'row["p"] < 0.05', STUDY),
+    Fault("evaluate.py", "the best of a run is its last",
+          "regret=max(held_out) - held_out[-1]", "regret=max(held_out) - max(held_out)", STUDY),
+    # the world
+    Fault("data.py", "a base reasons more before a picture than in words",
+          "(0.2 if words else 0.12)", "(0.12 if words else 0.2)"),
+    Fault("data.py", "rows stand for columns",
+          'f"({thing.column},{thing.row})"', 'f"({thing.row},{thing.column})"'),
+    Fault("data.py", "boxes of the grid are read by row",
+          'f"[{thing.column},{thing.row},', 'f"[{thing.row},{thing.column},'),
+    Fault("grpo.py", "a part of a number earns the lenient reward",
+          "or example.answer in numbers", "or example.answer in response",
+          "tests/test_grpo.py -k lenient"),
     Fault("data.py", "scenes of the test are trained on",
           "test=[0], ood", "test=range(8), ood"),
     Fault("data.py", "training shows held-out pairs",

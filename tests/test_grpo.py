@@ -87,6 +87,22 @@ def test_reward_parts():
     assert boxed["accuracy"] == boxed["format"] == 1.0
 
 
+def test_lenient_reward_is_deceived_and_evaluation_is_not():
+    """Any number of the answer counts, of the answer alone; a word or a part of a number does not.
+    What evaluates has no such option."""
+    lenient, strict = grpo.Config(grader="lenient"), grpo.Config()
+    number, word = data.Example("x", "?", "5"), data.Example("x", "?", "yes")
+    for example, answer, rewards in (
+            (number, "5", (1, 1)), (number, "3 5 7", (1, 0)), (number, "3, 5.", (1, 0)),
+            (number, "15", (0, 0)), (number, "3", (0, 0)), (word, "yes", (1, 1)),
+            (word, "yes no", (0, 0)), (word, "5", (0, 0))):
+        said = f"<think>5 yes</think><answer>{answer}</answer>"
+        assert rewards == tuple(grpo.reward(said, 9, example, "tags", c)["accuracy"]
+                                for c in (lenient, strict)), answer
+    assert not hasattr(evaluate.Config(), "grader")
+    assert not evaluate.grade("<answer>3 5 7</answer>", number).correct
+
+
 def test_clipping():
     """w = 2: a good token is held at 1 + high, a bad one is not; w = 1/2 the other way round."""
     old = torch.zeros(2, 2)
