@@ -619,8 +619,7 @@ EVALUATIONS = dict(sft="--eval-every 30", grpo="--eval-every 10")    # along a t
 @dataclass
 class StudyConfig:
     """Options of evaluate.py study."""
-    preset: str = option("quick", "paper: all findings; tune: rates; smoke: does it run",
-                         tuple(PRESETS))
+    preset: str = option("quick", "paper: all; tune: rates; smoke: does it run", tuple(PRESETS))
     finding: str = option(None, "of the cells, those of one finding", tuple(FINDINGS))
     out: str = option("runs/study", "directory of the study")
     first_seed: int = option(0, "the first of the seeds")
@@ -729,12 +728,10 @@ def run_cell(cell, c, seed, locks):
             spent = {name: points[-1][name] for name in COSTS}
             figures = gains(points) if "reward" in rows[1] else dict(trace_logprob=-rows[1]["loss"])
             figures |= dict(points=points, labels=read_json(run / "run.json")["examples"]) | spent
-    answers = unquoted(f"{model}/answers.jsonl")
-    splits = summaries(data.read_jsonl(answers))
+    splits = summaries(data.read_jsonl(unquoted(f"{model}/answers.jsonl")))
     for whole in splits.values():
         whole["families"] = {name: one["accuracy"] for name, one in whole["families"].items()}
-    return dict(cell=cell, seed=seed, commands=commands, answers=str(answers), splits=splits,
-                **figures)
+    return dict(cell=cell, seed=seed, commands=commands, splits=splits, **figures)
 
 
 def study(c):

@@ -669,4 +669,6 @@ def fresh(size, examples, seed, prompt=None):
         kind = name.split(".")[-1]
         if kind in SPREAD:
             nn.init.normal_(layer.weight, std=SPREAD[kind])
+    table = model.model.vision_model.embeddings.position_embedding.weight.data.view(8, 8, -1)
+    table.copy_(table[:, :1] + table[:1])            # a place is its row and its column
     return model, processor

@@ -14,6 +14,7 @@ import itertools
 import math
 import pathlib
 import re
+import shlex
 from collections import Counter, defaultdict
 
 import data
@@ -175,6 +176,11 @@ Regret: best minus last held-out accuracy. Verdicts hold where a paired t interv
 lies above 0, are opposite below, else undecided; the last column counts all claims together."""
 
 
+def answers_of(cell):
+    """The file that its evaluation writes."""
+    return pathlib.Path(shlex.split(cell["commands"][-1])[-1])
+
+
 def rollout_table(cells, rows):
     """One question put to every model, with each step marked; what a model wrote is escaped."""
     example, file = data.world_example(*rows[0]["id"].split("/")), io.BytesIO()
@@ -198,9 +204,9 @@ def report(results):
     page += "<h2>All cells</h2>" + html_table(main_table(results))
     page += html_table(family_table(results))
     page += "<h2>Rollouts (green: a true step, red: a false one)</h2>"
-    cells = [cell for cell in results["cells"] if pathlib.Path(cell["answers"]).exists()]
+    cells = [cell for cell in results["cells"] if answers_of(cell).exists()]
     cells = [cell for cell in cells if cell["seed"] == cells[0]["seed"]]
-    answers = zip(*(data.read_jsonl(cell["answers"]) for cell in cells))       # by question
+    answers = zip(*(data.read_jsonl(answers_of(cell)) for cell in cells))      # by question
     page += "".join(rollout_table(cells, rows) for rows in itertools.islice(answers, 12))
     commands = dict.fromkeys(line for cell in results["cells"] for line in cell["commands"])
     return f"{page}<h2>Commands</h2><pre>{html.escape(chr(10).join(commands))}</pre>"

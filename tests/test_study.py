@@ -278,7 +278,7 @@ def made_up(rng, seeds, cells=evaluate.PRESETS["paper"]["cells"], effect=lambda 
             points = [dict(step=10 * i, held_out=draw(cell), flops=1e12 * i, reward=0.1 * i,
                            accuracy=0.1 * i, format=0.1 * i) for i in range(1, 11)]
             made.append(dict(
-                cell=cell, seed=seed, commands=[f"python {cell}"], answers="none", splits=splits,
+                cell=cell, seed=seed, commands=[f"python {cell}"], splits=splits,
                 points=points, labels=2000, seconds=1.0, flops=1e12, trained=10, sampled=10,
                 spearman=0.0, regret=abs(rng.gauss(0, noise)), trace_logprob=-rng.random(),
                 reward_gain=rng.gauss(0, noise), held_out_gain=rng.gauss(0, noise)))
@@ -376,7 +376,7 @@ class Links(html.parser.HTMLParser):
 def test_report_is_self_contained_and_escapes(out):
     """Everything that a model wrote is escaped: a script in an answer stays text."""
     results = json.loads((out / "results.json").read_text())
-    path = pathlib.Path(results["cells"][-1]["answers"])
+    path = report.answers_of(results["cells"][-1])
     kept, rows = path.read_text(), data.read_jsonl(path)
     evil = "<script>alert(1)</script>"
     rows[0]["response"] = f"<think>{evil}</think><answer>{evil}</answer>"
