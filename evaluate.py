@@ -528,8 +528,8 @@ def main(c):
 # A cell is a model, named by the way to it: «weak/sft/grpo --algorithm dapo» is DAPO after SFT of
 # the weak base; «@strong» stands for the strong base's own answers to the training questions.
 # Seed k has its own base, where all its cells start; weak and middle are that base's youth.
-AGES = {"weak": "base/step-1000", "middle": "base/step-1600", "strong": "base", "large": "large"}
-BASES = {"base": "--keep 1000,1600", "large": "--size m --steps 1500"}
+AGES = {"weak": "base/step-800", "middle": "base/step-1400", "strong": "base", "large": "large"}
+BASES = {"base": "--keep 800,1400", "large": "--size m --steps 1500"}
 YOUNG = ("weak", "middle", "strong")
 GRID = [f"middle/sft --lr {lr} --epochs {n}" for lr in ("1e-3", "3e-3", "1e-2") for n in (3, 6)]
 GRID += [f"middle/grpo --lr {lr} --steps {n}"

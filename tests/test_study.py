@@ -130,14 +130,14 @@ def test_way_to_a_cell():
     assert model == f"{home}/weak-sft-grpo-grader-lenient"
     assert list(way) == [f"{home}/base", f"{home}/weak-sft", model]
     base, imitated, explored = way.values()
-    assert "--stage base" in base and f"--init {home}/base/step-1000 " in imitated
+    assert "--stage base" in base and f"--init {home}/base/step-800 " in imitated
     assert f"--init {home}/weak-sft " in explored and "--grader lenient" in explored
     assert all("--seed 3 " in command for command in way.values())
     model, way = evaluate.way_to("middle/sft --traces @strong", PAPER, 0)
     rollouts = "runs/study/seed-0/base/rollouts.jsonl"
     assert list(way) == ["runs/study/seed-0/base", rollouts, model]
     assert "--split train" in way[rollouts] and f"--traces {rollouts}" in way[model]
-    assert "--init runs/study/seed-0/base/step-1600 " in way[model]
+    assert "--init runs/study/seed-0/base/step-1400 " in way[model]
 
 
 @pytest.mark.parametrize("preset", evaluate.PRESETS)
