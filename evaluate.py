@@ -527,9 +527,10 @@ def main(c):
 # ----------------------------------------------------------------------------------- the study
 # A cell is a model, named by the way to it: «weak/sft/grpo --algorithm dapo» is DAPO after SFT of
 # the weak base; «@strong» stands for the strong base's own answers to the training questions.
-# Seed k has its own base, where all its cells start; weak and middle are that base's youth.
-AGES = {"weak": "base/step-800", "middle": "base/step-1400", "strong": "base", "large": "large"}
-BASES = {"base": "--keep 800,1400", "large": "--size m --steps 1500"}
+# Seed k has its own base, where its cells start; weak and middle are that base's youth, and small
+# is another one of fewer parameters.
+AGES = {"small": "small", "weak": "base/step-800", "middle": "base/step-1400", "strong": "base"}
+BASES = {"base": "--keep 800,1400", "small": "--size xs"}
 YOUNG = ("weak", "middle", "strong")
 GRID = [f"middle/sft --lr {lr} --epochs {n}" for lr in ("1e-3", "3e-3", "1e-2") for n in (3, 6)]
 GRID += [f"middle/grpo --lr {lr} --steps {n}"
@@ -561,7 +562,7 @@ def likely_traces(a):
 
 FINDINGS = {
     "capacity": Finding(
-        "What does each way make of a base, by its age and size?", "base", tuple(AGES), ("test", "ood"),
+        "What does each way make of a base, by its age and size?", "base", (*AGES,), ("test", "ood"),
         {"base": "{}", "SFT": "{}/sft", "GRPO": "{}/grpo", "DAPO": "{}/grpo --algorithm dapo",
          "SFT → GRPO": "{}/sft/grpo"},
         {"from the weak base, SFT leads GRPO": lambda a: a("weak/sft") - a("weak/grpo"),

@@ -31,7 +31,7 @@ from kernels import RANK, length_mask, rotary, token_logprobs
 SPREAD = dict(embed_tokens=0.6, lm_head=0.02, position_embedding=0.5, o_proj=0.0, down_proj=0.0,
               out_proj=0.0, fc2=0.0)
 SIZES = {           # name: (ViT layers, ViT width, decoder layers, decoder width)
-    "s": (2, 64, 3, 64), "m": (3, 128, 4, 128), "l": (4, 256, 6, 256)}
+    "xs": (2, 32, 3, 32), "s": (2, 64, 3, 64), "m": (3, 128, 4, 128), "l": (4, 256, 6, 256)}
 
 
 class CheckpointError(ValueError):
