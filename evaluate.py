@@ -562,7 +562,7 @@ def likely_traces(a):
 
 FINDINGS = {
     "capacity": Finding(
-        "What does each way make of a base, by its age and size?", "base", (*AGES,), ("test", "ood"),
+        "What does each way make of a base, by age and size?", "base", (*AGES,), ("test", "ood"),
         {"base": "{}", "SFT": "{}/sft", "GRPO": "{}/grpo", "DAPO": "{}/grpo --algorithm dapo",
          "SFT → GRPO": "{}/sft/grpo"},
         {"from the weak base, SFT leads GRPO": lambda a: a("weak/sft") - a("weak/grpo"),
@@ -612,8 +612,8 @@ PRESETS = {
     "tune": dict(cells=GRID, test="--limit 1000 --split val"),
     "smoke": dict(cells=["strong", "strong/sft", "strong/grpo"],
                   test="--limit 60 --split test,text",
-                  base="--steps 150 --eval-examples 12", sft="--examples 256 --eval-examples 12",
-                  grpo="--prompts 8 --steps 10 --eval-every 5 --eval-examples 12")}
+                  base=" --steps 150 --eval-examples 12", sft=" --examples 256 --eval-examples 12",
+                  grpo=" --prompts 8 --steps 10 --eval-every 5 --eval-examples 12")}
 EVALUATIONS = dict(sft="--eval-every 30", grpo="--eval-every 10")    # along a training
 
 
@@ -636,8 +636,8 @@ def way_to(cell, c, seed):
     last = f"--seed {seed} --device {c.device} --resume"
     if not before:
         base = AGES[cell].partition("/")[0]
-        command = f"python sft.py --stage base {BASES[base]} {preset.get('base', '')}"
-        return f"{home}/{AGES[cell]}", {f"{home}/{base}": f"{command} --out {home}/{base} {last}"}
+        command = f"python sft.py --stage base {BASES[base]} --out {home}/{base} {last}"
+        return f"{home}/{AGES[cell]}", {f"{home}/{base}": command + preset.get("base", "")}
     init, way = way_to(before, c, seed)
     script, _, options = training.partition(" ")
     for age in re.findall(r"@(\w+)", options):
@@ -647,8 +647,8 @@ def way_to(cell, c, seed):
         way |= teachers_way | {rollouts: f"python evaluate.py --model {teacher} --split train "
                                f"--limit 2000 --temperature 1 --out {rollouts} --device {c.device}"}
     model = f"{home}/{re.sub('[^a-z0-9]+', '-', cell)}"
-    command = f"python {script}.py --init {init} {EVALUATIONS[script]} {options}"
-    return model, way | {model: f"{command} {preset.get(script, '')} --out {model} {last}"}
+    command = f"python {script}.py --init {init} {EVALUATIONS[script]} {options}".rstrip()
+    return model, way | {model: f"{command} --out {model} {last}" + preset.get(script, "")}
 
 
 def commands_of(cell, c, seed):
