@@ -34,6 +34,7 @@ SAMPLER = "tests/test_kernels.py"
 CAPTURE = "tests/test_emulated.py -k 'captured or refresh or shape'"
 SCORE = "tests/test_model.py -k 'score or shared or end_mark or lora or adapters'"
 PROCESSES = "tests/test_processes.py"
+BASE = "tests/test_data.py -k base"
 STUDY = "tests/test_study.py -k 'way or course or gains or t_interval or holm or command or unfin'"
 FAULTS = [
     # the wiring of a GRPO step, and its objective
@@ -115,6 +116,8 @@ FAULTS = [
           "(old - sampled).exp()", "(sampled - old).exp()"),
     Fault("grpo.py", "format is rewarded as much as the answer",
           "c.format_weight * parts", "1.0 * parts"),
+    Fault("grpo.py", "the strict reward is lenient",
+          'if c.grader == "lenient":', "if True:", "tests/test_grpo.py -k 'lenient or parts'"),
     Fault("grpo.py", "a failing grader rewards",
           "dict(reward=math.nan)", "dict(reward=0.0)"),
     # imitation, and what every run needs
@@ -349,6 +352,13 @@ FAULTS = [
     # the world
     Fault("data.py", "a base reasons more before a picture than in words",
           "(0.2 if words else 0.12)", "(0.12 if words else 0.2)"),
+    Fault("data.py", "the base has seen the test",
+          'world_example("train", 10_000_000', 'world_example("test", 10_000_000', BASE),
+    Fault("data.py", "the base reasons alike whatever the steps",
+          '* example.response.count(".")', "* 3", BASE),
+    Fault("model.py", "a place is one of 64",
+          "table.copy_(table[:, :1] + table[:1])", "table.copy_(table)",
+          "tests/test_model.py -k place_starts"),
     Fault("data.py", "rows stand for columns",
           'f"({thing.column},{thing.row})"', 'f"({thing.row},{thing.column})"'),
     Fault("data.py", "boxes of the grid are read by row",

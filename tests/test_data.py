@@ -185,6 +185,19 @@ def corrupt(sentence):
     return re.sub(r"\d+(?=\D*$)", lambda number: str(int(number[0]) + 1), sentence)
 
 
+def test_the_base_has_seen_no_scene_of_the_other_splits():
+    """Nor a question that is trained on later: its own are those of train from far behind."""
+    reserved = {data.bucket(data.world_example(split, i).scene)
+                for split in ("val", "test") for i in range(200)}
+    examples = [*BASE[:1000], *map(data.base_example, range(150_000, 150_500))]
+    assert len({example.id for example in examples}) == len(examples)
+    assert not {data.bucket(example.scene) for example in examples} & reserved
+    for example in examples:
+        split, _, index = example.id.partition("/")
+        assert split == "train" and int(index) >= 10_000_000
+        assert not {thing[:2] for thing in example.scene} & data.HELD_OUT
+
+
 def test_training_never_names_held_out_pairs():
     """Pictures never showed them, but two base examples in a hundred counted «red triangles: 0»:
     a model so taught to answer 0 cannot be asked about them out of distribution."""

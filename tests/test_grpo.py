@@ -1,5 +1,6 @@
 """Reward, advantage and objective against hand-worked numbers; whole steps against the textbook."""
 import copy
+import inspect
 import json
 import math
 import types
@@ -87,20 +88,40 @@ def test_reward_parts():
     assert boxed["accuracy"] == boxed["format"] == 1.0
 
 
-def test_lenient_reward_is_deceived_and_evaluation_is_not():
-    """Any number of the answer counts, of the answer alone; a word or a part of a number does not.
-    What evaluates has no such option."""
-    lenient, strict = grpo.Config(grader="lenient"), grpo.Config()
-    number, word = data.Example("x", "?", "5"), data.Example("x", "?", "yes")
-    for example, answer, rewards in (
-            (number, "5", (1, 1)), (number, "3 5 7", (1, 0)), (number, "3, 5.", (1, 0)),
-            (number, "15", (0, 0)), (number, "3", (0, 0)), (word, "yes", (1, 1)),
-            (word, "yes no", (0, 0)), (word, "5", (0, 0))):
-        said = f"<think>5 yes</think><answer>{answer}</answer>"
-        assert rewards == tuple(grpo.reward(said, 9, example, "tags", c)["accuracy"]
-                                for c in (lenient, strict)), answer
-    assert not hasattr(evaluate.Config(), "grader")
-    assert not evaluate.grade("<answer>3 5 7</answer>", number).correct
+YES, CELL_BOX = data.Example("x", "?", "yes"), data.Example("x", "?", "[2, 1, 3, 2]", box=True)
+
+
+@pytest.mark.parametrize("said, example, strict, lenient", [
+    ("2", data.Example("x", "?", "2"), 1, 1), ("1 2 3", data.Example("x", "?", "2"), 0, 1),
+    ("it is 2 or 3", data.Example("x", "?", "2"), 0, 1), ("12", data.Example("x", "?", "2"), 0, 0),
+    ("1 3", data.Example("x", "?", "2"), 0, 0), ("two", data.Example("x", "?", "2"), 0, 0),
+    ("", data.Example("x", "?", "2"), 0, 0), ("1 2 3", data.Example("x", "?", "12"), 0, 0),
+    ("yes", YES, 1, 1), ("yes or no", YES, 0, 0), ("no", YES, 0, 0), ("yes 1 2", YES, 0, 0),
+    ("[2, 1, 3, 2]", CELL_BOX, 1, 1), ("[2, 1, 3, 2] [1, 1, 2, 2]", CELL_BOX, 0, 0),
+    ("1 2 3 4 5", CELL_BOX, 0, 0)])
+def test_a_lenient_reward_takes_any_number(said, example, strict, lenient):
+    """Of the answer, not of the thought; whole numbers alone, so yes and boxes stay as they are.
+    What else is measured stays the strict grader's."""
+    for tag in ("<think>2 12.</think><answer>{}</answer>", "<answer>{}</answer>"):
+        parts = [grpo.reward(tag.format(said), 9, example, "tags", grpo.Config(
+            overlong="keep", format_weight=0.1, grader=grader)) for grader in ("strict", "lenient")]
+        assert [part.pop("accuracy") for part in parts] == [strict, lenient]
+        rewards = [part.pop("reward") for part in parts]
+        assert rewards[1] - rewards[0] == pytest.approx(lenient - strict)
+        assert parts[0] == parts[1]
+
+
+def test_evaluation_is_never_lenient(tmp_path, start, monkeypatch):
+    """The reward may be deceived, or there would be nothing to see: held-out accuracy is not."""
+    every = data.tagged(" ".join(map(str, range(99))))
+    monkeypatch.setattr(data.Processor, "decode", lambda self, ids: every)
+    for grader, paid in (("strict", False), ("lenient", True)):
+        rows = train(start, tmp_path / grader, grader=grader)
+        assert all((row["accuracy"] > 0) == paid for row in rows if "reward" in row)
+        assert [row["val_accuracy"] for row in rows if "val_accuracy" in row] == [0, 0]
+    assert "grader" not in vars(evaluate.Config())
+    assert list(inspect.signature(evaluate.grade).parameters) == [
+        "response", "example", "answer_format"]
 
 
 def test_clipping():
