@@ -581,7 +581,7 @@ FINDINGS = {
         {"base": "{}", "SFT": "{}/sft", "GRPO": "{}/grpo"},
         {"SFT gains in words (strong base)":
             lambda a: a("strong/sft", "text") - a("strong", "text"),
-         "and more than GRPO": lambda a: a("strong/sft", "text") - a("strong/grpo", "text")}),
+         "there it leads GRPO": lambda a: a("strong/sft", "text") - a("strong/grpo", "text")}),
     "rewards": Finding(
         "Is a model of higher reward a better one?", "base", YOUNG, ("test",),
         {"GRPO": "{}/grpo", "SFT → GRPO": "{}/sft/grpo", "lenient": "{}/grpo --grader lenient",

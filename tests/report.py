@@ -163,8 +163,8 @@ def html_table(rows):
 
 
 HEAD = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>SFT and GRPO</title><style>body{margin:2em;font:15px/1.5 sans-serif}svg{max-width:100%}
-table{display:block;overflow-x:auto}td{padding:.2em .7em}tr:first-child{font-weight:bold}
+<title>SFT and GRPO</title><style>body{margin:3vw;font:15px/1.5 sans-serif}svg{max-width:100%}
+table{display:block;overflow-x:auto}td{padding:.2em .5em}tr:first-child{font-weight:bold}
 img{height:160px}.True,.faithful{color:#0b6e4f}.lucky{color:#b36b00}.False,.wrong{color:#b3261e}
 </style>"""
 NOTES = """Accuracy in percent, means over seeds with 95 % t intervals over seeds (of one seed:

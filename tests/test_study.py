@@ -291,7 +291,7 @@ def verdicts(results, key="verdict"):
 
 FAIR = ["from the weak base, SFT leads GRPO",
         "that lead is smaller from the strong base",
-        "and more than GRPO",
+        "there it leads GRPO",
         "SFT gains in words (strong base)",
         "a lenient reward is worth less (strong base)",
         "short traces keep what the strong base could out of distribution",
