@@ -612,7 +612,7 @@ PRESETS = {
     "tune": dict(cells=GRID, test="--limit 1000 --split val"),
     "smoke": dict(cells=["strong", "strong/sft", "strong/grpo"],
                   test="--limit 60 --split test,text",
-                  base=" --steps 150 --eval-examples 12", sft=" --examples 256 --eval-examples 12",
+                  base=" --steps 150 --eval-examples 12", sft=" --examples 1280 --eval-examples 12",
                   grpo=" --prompts 8 --steps 10 --eval-every 5 --eval-examples 12")}
 EVALUATIONS = dict(sft="--eval-every 30", grpo="--eval-every 10")    # along a training
 
