@@ -352,7 +352,7 @@ def test_sft_on_the_device(start, tmp_path, device, options):
     got = trained(sft, start, tmp_path / "cuda", batch=4, **options)
     expected = trained(sft, start, tmp_path / "cpu", batch=4, device="cpu", **options)
     assert got[0]["loss"] == pytest.approx(expected[0]["loss"], rel=0.02)
-    assert abs(got[0]["loss"] - expected[0]["loss"]) > 2e-6      # autocast was on
+    assert abs(got[1]["loss"] - expected[1]["loss"]) > 1e-5      # autocast was on
     assert got[1]["loss"] != got[0]["loss"]
 
 

@@ -814,16 +814,3 @@ def test_device_that_is_not_there(capsys):
         evaluate.parse(evaluate.Config, ["--device", "cuda"])
     assert "argument --device: invalid choice: 'cuda'" in capsys.readouterr().err
     assert evaluate.parse(evaluate.Config, []).device == "cpu"
-
-
-def test_curve(tmp_path):
-    """Reward up while held-out accuracy falls: ρ is -1 and the regret is the fall."""
-    rows = [dict(step=0, val_accuracy=0.5)]
-    for step in range(1, 7):
-        rows.append(dict(step=step, reward=step / 10, accuracy=0.1, format=0.2, length=5))
-        rows.append(dict(step=step, val_accuracy=0.6 - step / 20))
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    curve = evaluate.reward_curve(tmp_path)
-    assert [p["held_out"] for p in curve["points"]] == [0.6 - step / 20 for step in range(1, 7)]
-    assert len(curve["points"]) == 6 and math.isclose(curve["spearman"], -1)
-    assert math.isclose(curve["regret"], 0.25)

@@ -490,7 +490,7 @@ def test_kl_is_to_the_initial_model(tmp_path, start, monkeypatch, more):
     monkeypatch.setattr(grpo, "grade", coin)
     rows = train(start, tmp_path, steps=3, lr=1e-2, warmup=0, **more)
     kl = [row["kl"] for row in rows if "kl" in row]
-    assert abs(kl[0]) < 1e-6 and kl[1] > 1e-5 and kl[2] > kl[1]
+    assert abs(kl[0]) < 1e-6 and kl[1] > 1e-5 and kl[2] > 1e-5
 
 
 def test_reference_is_made_where_it_is_used(tmp_path, start, monkeypatch):

@@ -449,7 +449,7 @@ def test_gradients_are_clipped(tmp_path, start):
             p.grad = torch.full_like(p, size / count ** 0.5)
         assert run.optimizer_step(0.0, []) == pytest.approx(size, rel=1e-4)
         norm = torch.cat([p.grad.flatten() for p in run.model.parameters()]).norm().item()
-        assert norm == pytest.approx(left, rel=1e-4)
+        assert norm == pytest.approx(left, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["world", "file"])
