@@ -2,7 +2,7 @@
 beside its results.json: verdicts, figures of each finding, tables, rollouts, commands. evaluate.py
 study ends with it.
 
-    python tests/report.py --readme        writes README's table and .github/capacity.svg from
+    python tests/report.py --readme        writes README's tables and .github/capacity.svg from
                                            .github/results.json
 """
 import argparse
@@ -18,8 +18,8 @@ import shlex
 from collections import Counter, defaultdict
 
 import data
-from evaluate import (COLUMNS, FINDINGS, columns, grade, grouped, judge, judged, known_figures,
-                      mean, t_interval, text_table, verdict)
+from evaluate import (AGES, COLUMNS, FINDINGS, columns, grade, grouped, judge, judged,
+                      known_figures, mean, t_interval, text_table, verdict)
 from model import read_json, write_file
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -51,6 +51,13 @@ def verdict_table(results):
     return rows
 
 
+def by_cell(results):
+    """-> [(name of a cell, its seeds)], by base."""
+    ages = [*AGES]
+    return sorted(grouped(results["cells"], "cell").items(),
+                  key=lambda item: (ages.index(item[0].partition("/")[0]), item[0]))
+
+
 def pooled(cells, split):
     """A split's figures as means over seeds, with the t interval; of one seed, with Wilson's."""
     wholes = [cell["splits"][split] for cell in cells]
@@ -73,7 +80,7 @@ def main_table(results):
     shown = [f"{100 * level:.1f}" for level in blind.values()]
     rows = [["model", "seeds", "collapsed", *blind, *more],
             ["blind", "", "", *shown, *[""] * len(more)]]
-    for name, cells in grouped(results["cells"], "cell").items():
+    for name, cells in by_cell(results):
         of_splits = [columns(pooled(cells, split)) for split in blind]
         collapsed = sum(cell["splits"][first]["accuracy"] < blind[first] for cell in cells)
         scaled = [[scale * cell[figure] for cell in cells if cell.get(figure) is not None]
@@ -87,7 +94,7 @@ def family_table(results):
     """Accuracy by family on the first split, means over seeds."""
     split, blind = next(iter(blind_levels((*results["cells"][0]["splits"],)).items()))
     known = {"blind": [blind]}
-    for name, cells in grouped(results["cells"], "cell").items():
+    for name, cells in by_cell(results):
         known[name] = [cell["splits"][split]["families"] for cell in cells]
     return [[split, *blind], *([name, *(f"{100 * mean(one[family] for one in some):.0f}"
                                         for family in blind)] for name, some in known.items())]
@@ -213,10 +220,16 @@ def report(results):
 
 
 def readme(text, results):
-    """-> README's text with the table of these results between its marks."""
-    table = text_table(verdict_table(results))
-    return re.sub(r"(?<=<!-- verdicts -->\n).*?(?=<!-- end -->)", lambda _: f"{table}\n", text,
-                  flags=re.S)
+    """-> README's text with tables of these results between its marks."""
+    head, *rows = main_table(results)
+    places = [head.index(name) for name in ("model", "seeds", *results["cells"][0]["splits"],
+                                            "faithful", "format", "tokens", "seconds")]
+    capacity = {"blind", "model", *sum(FINDINGS["capacity"].cells().values(), [])}
+    cells = [[row[place] for place in places] for row in (head, *rows) if row[0] in capacity]
+    for mark, table in (("cells", cells), ("verdicts", verdict_table(results))):
+        text = re.sub(rf"(?<=<!-- {mark} -->\n).*?(?=<!-- end -->)",
+                      lambda _: f"{text_table(table)}\n", text, count=1, flags=re.S)
+    return text
 
 
 def parser():
