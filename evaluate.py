@@ -579,8 +579,7 @@ FINDINGS = {
     "transfer": Finding(
         "Trained before pictures: what is it worth in words?", "base", YOUNG, ("text",),
         {"base": "{}", "SFT": "{}/sft", "GRPO": "{}/grpo"},
-        {"SFT gains in words (strong base)":
-            lambda a: a("strong/sft", "text") - a("strong", "text"),
+        {"SFT gains in words (strong)": lambda a: a("strong/sft", "text") - a("strong", "text"),
          "there it leads GRPO": lambda a: a("strong/sft", "text") - a("strong/grpo", "text")}),
     "rewards": Finding(
         "Is a model of higher reward a better one?", "base", YOUNG, ("test",),
@@ -597,10 +596,10 @@ FINDINGS = {
         {"short": "{}/sft", "verbose": "{}/sft --traces verbose",
          "answers alone": "{}/sft --traces answer", "its own": "{0}/sft --traces @{0}",
          "the strong's": "{}/sft --traces @strong"},
-        {"short traces keep what the strong base could out of distribution":
+        {"short traces lose nothing ood (strong base)":
             lambda a: a("strong/sft", "ood") - a("strong", "ood"),
-         "verbose traces are worth less there":
-            lambda a: a("strong/sft", "ood") - a("strong/sft --traces verbose", "ood"),
+         "and verbose ones do":
+            lambda a: a("strong", "ood") - a("strong/sft --traces verbose", "ood"),
          "the likelier the traces, the better there (middle base, 100 ρ)": likely_traces})}
 # Of each: its cells, the evaluation's options, and what the commands of a script end with.
 PRESETS = {

@@ -292,10 +292,10 @@ def verdicts(results, key="verdict"):
 FAIR = ["from the weak base, SFT leads GRPO",
         "that lead is smaller from the strong base",
         "there it leads GRPO",
-        "SFT gains in words (strong base)",
+        "SFT gains in words (strong)",
         "a lenient reward is worth less (strong base)",
-        "short traces keep what the strong base could out of distribution",
-        "verbose traces are worth less there",
+        "short traces lose nothing ood (strong base)",
+        "and verbose ones do",
         "SFT first makes the regret of GRPO smaller (weak base)"]      # 0 where nothing differs
 
 
