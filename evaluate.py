@@ -435,8 +435,7 @@ def run_command(command):
         sys.exit(f"error: first, as one process: {command}")
     print(f"\n$ {command}", flush=True)
     (script, *options), here = shlex.split(command)[1:], pathlib.Path(__file__).parent
-    process = subprocess.Popen([sys.executable, here / script, *options],
-                               env=os.environ | dict(PYTHONPATH=str(here)))
+    process = subprocess.Popen([sys.executable, here / script, *options])
     try:
         code = process.wait()
     except KeyboardInterrupt:        # a terminal has told it, too; it may save

@@ -15,14 +15,16 @@ import math
 import pathlib
 import re
 import shlex
+import sys
 from collections import Counter, defaultdict
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))        # it is also run as a file, by the study
 
 import data
 from evaluate import (AGES, COLUMNS, FINDINGS, columns, grade, grouped, judge, judged,
                       known_figures, mean, t_interval, text_table, verdict)
 from model import read_json, write_file
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 @functools.cache
@@ -67,6 +69,11 @@ def pooled(cells, split):
     return figures | dict(interval=(low, high) if len(cells) > 1 else wholes[0]["interval"])
 
 
+def plain(number):
+    """Two digits at most, and no zeros at the end."""
+    return f"{number:.2f}".rstrip("0").rstrip(".")
+
+
 SCALES = dict(labels=1, seconds=1, flops=1e-12, trained=1e-3, sampled=1e-3, spearman=1, regret=100)
 
 
@@ -86,7 +93,7 @@ def main_table(results):
         scaled = [[scale * cell[figure] for cell in cells if cell.get(figure) is not None]
                   for figure, scale in SCALES.items()]
         rows.append([name, str(len(cells)), str(collapsed), *(shown[0] for shown in of_splits),
-                     *of_splits[0][1:], *(f"{mean(some):.2f}" if some else "" for some in scaled)])
+                     *of_splits[0][1:], *(plain(mean(some)) if some else "" for some in scaled)])
     return rows
 
 
