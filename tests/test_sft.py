@@ -418,6 +418,17 @@ def test_a_step_is_the_gradient_of_the_textbook_loss(tmp_path, start, weight, mi
         assert figures["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
+def test_defaults_of_the_base(tmp_path, monkeypatch):
+    """The steps and the rate that it was calibrated with; it sees each example once."""
+    made = []
+    monkeypatch.setattr(sft.Run, "train", lambda run, examples, *_: made.append((run, examples)))
+    sft.main(sft.Config(stage="base", out=str(tmp_path), device="cpu"))
+    (run, examples), = made
+    assert (run.config.steps, run.config.lr) == (2400, 6e-3)
+    assert len(examples) == 2400 * run.config.batch
+    assert examples[7].question == data.base_example(7).question
+
+
 def test_lr_factor():
     """Up in `warmup` steps, then (SFT) down to a tenth; GRPO's stays at its peak."""
     assert [sft.lr_factor(step, 100, 4, False) for step in (0, 1, 3, 4, 99)] == [
@@ -467,6 +478,7 @@ def test_validation_is_on_the_split_val(tmp_path, start, monkeypatch, kind):
     common = {} if kind == "world" else dict(data=str(path))
     sft.main(sft.Config(init=str(start), out=str(tmp_path / "run"), device="cpu", steps=6, batch=16,
                         examples=60, eval_examples=30, **common))
+    assert all(row["prompt_tokens"] > 16 * 5 for row in metrics(tmp_path / "run") if "loss" in row)
     expected = {f"val/{i}" for i in range(30)} if kind == "world" else {
         f"{path}:{i}" for i in range(58, 61)}
     assert seen["val"] == expected and not seen["train"] & expected
