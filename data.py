@@ -303,11 +303,13 @@ def base_example(index):
 
 
 def count_everything(rng, things):
-    """Counts, mostly of some phrases in any order: where a small model learns to count."""
+    """Counts, mostly of some phrases in any order, half of the time of pairs alone: where a small
+    model learns to count, and to know a thing by colour and shape, which it needs to find one."""
     phrases = [*SHAPES, *(f"{colour} shape" for colour in COLOURS)]
     if rng.random() < 0.85:
         rng.shuffle(phrases)
-        phrases[4:] = [pick_phrase(rng, things, "pair") for _ in range(2)]
+        alike = rng.choice((0, 4))
+        phrases[alike:] = [pick_phrase(rng, things, "pair") for _ in range(alike, 6)]
     return " ".join(f"{phrase}s: {len(matching(things, phrase))}." for phrase in phrases)
 
 

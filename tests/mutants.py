@@ -354,6 +354,8 @@ FAULTS = [
           "(0.2 if words else 0.12)", "(0.12 if words else 0.2)"),
     Fault("data.py", "the base has seen the test",
           'world_example("train", 10_000_000', 'world_example("test", 10_000_000', BASE),
+    Fault("data.py", "few pairs are counted",
+          "rng.choice((0, 4))", "rng.choice((4, 4))", "tests/test_data.py -k pairs"),
     Fault("data.py", "the base reasons alike whatever the steps",
           '* example.response.count(".")', "* 3", BASE),
     Fault("model.py", "a place is one of 64",

@@ -185,6 +185,15 @@ def corrupt(sentence):
     return re.sub(r"\d+(?=\D*$)", lambda number: str(int(number[0]) + 1), sentence)
 
 
+def test_pairs_are_counted_often():
+    """Where two of six phrases named colour and shape, a base could count either, and one seed of
+    three learned to find a thing by both."""
+    phrases = [re.findall(r"([a-z ]+)s: \d", e.response) for e in BASE if "Count" in e.question]
+    pairs = [sum(tuple(one.split()) in data.KNOWN for one in some) for some in phrases]
+    shares = [pairs.count(number) / len(pairs) for number in (0, 2, 6)]
+    assert shares == pytest.approx([0.15, 0.425, 0.425], abs=0.04)
+
+
 def test_the_base_has_seen_no_scene_of_the_other_splits():
     """Nor a question that is trained on later: its own are those of train from far behind."""
     reserved = {data.bucket(data.world_example(split, i).scene)
