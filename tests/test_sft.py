@@ -459,8 +459,9 @@ def test_gradients_are_clipped(tmp_path, start):
         for p in run.model.parameters():
             p.grad = torch.full_like(p, size / count ** 0.5)
         assert run.optimizer_step(0.0, []) == pytest.approx(size, rel=1e-4)
-        norm = torch.cat([p.grad.flatten() for p in run.model.parameters()]).norm().item()
-        assert norm == pytest.approx(left, rel=1e-3)
+        gradient = torch.cat([p.grad.flatten() for p in run.model.parameters()]).double()
+        norm = gradient.norm().item()                # in fp32 equal summands lose 2e-4
+        assert norm == pytest.approx(left, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["world", "file"])
