@@ -206,14 +206,14 @@ def area(box):
 
 
 def same_box(answer, gold):
-    """Whether two texts are boxes [x1, y1, x2, y2] with an intersection over union >= 0.5."""
+    """Whether two texts are boxes [x1, y1, x2, y2] with an intersection over union > 0.5."""
     found = [BOX.fullmatch(BOX_2D.sub(r"\1", text)) for text in (answer, gold)]
     if None in found:
         return False
     a, b = ([float(corner) for corner in match.groups()] for match in found)
     shared = [max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])]
     union = area(a) + area(b) - area(shared)
-    return union > 0 and area(shared) / union >= 0.5
+    return union > 0 and area(shared) / union > 0.5
 
 
 def same(answer, gold, question="", box=False):

@@ -115,13 +115,18 @@ def test_text_is_test_in_words():
 
 
 def test_a_box_on_the_grid_is_of_one_cell():
-    """No other cell's box reaches an overlap of a half, nor does that of two cells pass as one."""
+    """A box of two cells overlaps each by exactly a half, and was right for both: a reward could
+    have taught to answer so."""
     things = [data.Thing("red", "circle", row, column, ()) for row in range(1, 5)
               for column in range(1, 5)]
     boxes = [data.grid_box(thing) for thing in things]
     for i, j in itertools.product(range(16), range(16)):
         example = data.Example("", "Where?", boxes[i], box=True)
         assert (evaluate.judge(boxes[j], example) is True) == (i == j)
+        two = data.Thing("red", "circle", things[i].row, things[i].column, ())
+        for wide in (f"[{two.column},{two.row},{two.column + 2},{two.row + 1}]",
+                     f"[{two.column},{two.row},{two.column + 1},{two.row + 2}]"):
+            assert evaluate.judge(wide, example) is False
     assert boxes[1] == "[2,1,3,2]"               # x before y, as in every box
     assert evaluate.judge("[2, 1, 3, 2]", data.Example("", "Where?", boxes[1], box=True)) is True
 
