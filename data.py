@@ -280,8 +280,8 @@ BASE_MIX = {"caption": 16, "counts": 20, "places": 14, "question": 16, "caption 
 
 
 def base_example(index):
-    """Pretraining for a model that can reason, as instruct models do: the rather, the more steps
-    an answer takes; and more in words than before a picture."""
+    """Pretraining for a model that can reason and mostly answers at once, as instruct models do. A
+    rationale is the likelier the more steps it has, and likelier in words than before a picture."""
     rng = random.Random(f"base/{index}")
     kind, _, words = rng.choices(list(BASE_MIX), list(BASE_MIX.values()))[0].partition(" in ")
     example = world_example("train", 10_000_000 + index, words=bool(words))

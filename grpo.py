@@ -114,7 +114,7 @@ def token_loss(logprob, old, sampled, reference, advantage, mask, c):
 @dataclass
 class Config(RunConfig):
     """Options of grpo.py. Those from advantage to tis come from --algorithm where none is given."""
-    steps: int = option(None, "rollout steps (default: 100, or once through more)", least=1)
+    steps: int = option(None, "rollout steps (default: 100, or one pass if longer)", least=1)
     algorithm: str = option("grpo", "preset of advantage to tis", tuple(ALGORITHMS))
     advantage: str = option(None, "centred: no std; rloo: no self", ("group", "centred", "rloo"))
     ratio: str = option(None, "of a token, or of a sequence (GSPO)", ("token", "sequence"))

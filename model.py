@@ -670,5 +670,5 @@ def fresh(size, examples, seed, prompt=None):
         if kind in SPREAD:
             nn.init.normal_(layer.weight, std=SPREAD[kind])
     table = model.model.vision_model.embeddings.position_embedding.weight.data.view(8, 8, -1)
-    table.copy_(table[:, :1] + table[:1])            # a place is its row and its column
+    table.copy_(table[:, :1] + table[:1])    # (8, 8, D): a patch's place is its row and its column
     return model, processor

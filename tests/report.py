@@ -43,6 +43,7 @@ def blind_levels(splits):
 
 
 def verdict_table(results):
+    """A row for each claim whose cells are there."""
     rows = [["finding", "claim", "difference in points", "seeds", "verdict", "of all (Holm)"]]
     for row in judged(results):
         seeds = len(row["values"])
@@ -92,8 +93,9 @@ def main_table(results):
         collapsed = sum(cell["splits"][first]["accuracy"] < blind[first] for cell in cells)
         scaled = [[scale * cell[figure] for cell in cells if cell.get(figure) is not None]
                   for figure, scale in SCALES.items()]
-        rows.append([name, str(len(cells)), str(collapsed), *(shown[0] for shown in of_splits),
-                     *of_splits[0][1:], *(plain(mean(some)) if some else "" for some in scaled)])
+        accuracies = [accuracy for accuracy, *_ in of_splits]
+        rows.append([name, str(len(cells)), str(collapsed), *accuracies, *of_splits[0][1:],
+                     *(plain(mean(some)) if some else "" for some in scaled)])
     return rows
 
 
@@ -240,11 +242,11 @@ def readme(text, results):
 
 
 def parser():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", nargs="?", default="runs/study", help="directory of a study")
-    parser.add_argument("--readme", action="store_true", help="write README's part instead")
-    return parser
+    made = argparse.ArgumentParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("study", nargs="?", default="runs/study", help="directory of a study")
+    made.add_argument("--readme", action="store_true", help="write README's part instead")
+    return made
 
 
 def main(options):
