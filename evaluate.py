@@ -9,7 +9,6 @@ Faithful, on the tabletop: right, with every step of the reasoning true; else lu
 """
 import argparse
 import ast
-import contextlib
 import io
 import itertools
 import json
@@ -29,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from operator import add, mul, neg, pos, sub, truediv
-from statistics import correlation, fmean as mean, stdev
+from statistics import correlation, fmean as mean
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -765,56 +764,6 @@ def study(c):
         run_command(f"python tests/report.py {shlex.quote(c.out)}")
     if failed:
         sys.exit(f"error: these cells failed, start again to go on: {', '.join(failed)}")
-
-
-# ------------------------------------------------------------------------------ what is found
-ANGLES = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.double)
-
-
-def t_interval(values):
-    """-> mean, its 95 % interval over seeds, the p-value of a mean of 0. Student's T of n values is
-    sqrt(n - 1) tan(angle), where the angle has the density cos(angle) ** (n - 2)."""
-    n, middle = len(values), mean(values)
-    if n == 1:
-        return middle, -math.inf, math.inf, 1.0
-    within = (ANGLES.cos() ** (n - 2)).cumsum(0)
-    within = within / within[-1]                         # P(|T| below that of each angle)
-    error = max(stdev(values), 1e-9) / math.sqrt(n)
-    angle = math.atan(abs(middle) / error / math.sqrt(n - 1))
-    p = 1 - within[torch.searchsorted(ANGLES, angle)].item()
-    t = math.sqrt(n - 1) * ANGLES[torch.searchsorted(within, 0.95)].tan().item()
-    return middle, middle - t * error, middle + t * error, p
-
-
-def known_figures(results):
-    """-> {seed: {(cell, figure): percent}}; a split's figure is its accuracy"""
-    known = defaultdict(dict)
-    for cell in results["cells"]:
-        figures = cell | {split: whole["accuracy"] for split, whole in cell["splits"].items()}
-        known[cell["seed"]] |= {(cell["cell"], name): 100 * value
-                                for name, value in figures.items() if isinstance(value, float)}
-    return known
-
-
-def judged(results):
-    """-> what is found of each claim whose cells are there: the difference of each seed, mean,
-    interval, verdict; and `holm`, the verdict as one of all of them (Holm 1979)."""
-    rows = []
-    claims = [(name, *claim) for name, one in FINDINGS.items() for claim in one.claims.items()]
-    for finding, claim, difference in claims:
-        values = []
-        for known in known_figures(results).values():
-            with contextlib.suppress(KeyError):          # of a cell that is not there
-                values.append(difference(lambda cell, name="test": known[cell, name]))
-        if values:
-            row = dict(zip(("mean", "low", "high", "p"), t_interval(values)), values=values)
-            word = "holds" if row["low"] > 0 else "opposite" if row["high"] < 0 else "undecided"
-            rows.append(row | dict(finding=finding, claim=claim, verdict=word))
-    stands = True
-    for left, row in zip(range(len(rows), 0, -1), sorted(rows, key=lambda row: row["p"])):
-        stands = stands and row["p"] * left < 0.05
-        row["holm"] = row["verdict"] if stands else "undecided"
-    return rows
 
 
 if __name__ == "__main__":

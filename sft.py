@@ -183,6 +183,34 @@ def trained_parameters(model, c):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def orthogonal(x):
+    """A matrix with its singular values brought near 1, by five steps of a Newton-Schulz iteration
+    (Jordan 2024). (rows, columns) -> the same"""
+    if len(x) > x.shape[1]:
+        return orthogonal(x.T).T
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon with AdamW's size of a step, but in fp32: few CPUs multiply in bf16."""
+    def __init__(self, matrices, lr):
+        super().__init__(matrices, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self):
+        [group] = self.param_groups
+        for p in group["params"]:
+            if p.grad is not None:
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - 0.95)
+                update = orthogonal(p.grad.lerp(momentum, 0.95))                 # Nesterov's
+                p.sub_(update, alpha=0.2 * max(p.shape) ** 0.5 * group["lr"])
+
+
 def make_optimizers(trained, lr):
     """{name: its optimizer}: Muon for the matrices of the layers, AdamW for all else and LoRA.
 
@@ -194,8 +222,7 @@ def make_optimizers(trained, lr):
                 and re.search(r"layers\.|blocks\.|connector|merger", name)}
     rest = [p for name, p in trained.items() if name not in matrices]
     adamw = torch.optim.AdamW(rest, lr / 3 if matrices else lr, (0.9, 0.95), weight_decay=0.0)
-    muon = torch.optim.Muon(matrices.values(), lr, weight_decay=0.0,
-                            adjust_lr_fn="match_rms_adamw") if matrices else None
+    muon = Muon(matrices.values(), lr) if matrices else None
     return {name: muon if name in matrices else adamw for name in trained}
 
 

@@ -1,9 +1,10 @@
 """python -m tests.mutants: breaks one line at a time, and prints which test notices.
 
-A test that cannot fail is worse than none. Each fault is a line of the six modules and a wrong one
-in its place; it is put into a copy of the repository, and the tests of that file run there until
-one fails. All of them take about half an hour on two cores; `--only WORD` takes those
-whose file or description has the word. tests/test_mutants.py runs those of `rollout` and `explore`.
+A test that cannot fail is worse than none. Each fault is a line of the six modules, or of
+report.py, and a wrong one in its place; it is put into a copy of the repository, and the tests of
+that file run there until one fails. All of them take about half an hour on two cores; `--only WORD`
+takes those whose file or description has the word. tests/test_mutants.py runs those of `rollout`
+and `explore`.
 """
 import argparse
 import os
@@ -30,6 +31,7 @@ class Fault(NamedTuple):
 
 STEP = "tests/test_grpo.py -k 'textbook or noise or seeds or masked or dropped or kl or trained'"
 LOOP = "tests/test_sft.py -k 'textbook or rate or lr or clip or validation or heart or order'"
+MUON = "tests/test_sft.py -k 'muon or orthogonal'"
 SAMPLER = "tests/test_kernels.py"
 CAPTURE = "tests/test_emulated.py -k 'captured or refresh or shape'"
 SCORE = "tests/test_model.py -k 'score or shared or end_mark or lora or adapters'"
@@ -146,6 +148,10 @@ FAULTS = [
           "self.trained.values(), 1.0)", "self.trained.values(), 1e9)", LOOP),
     Fault("sft.py", "AdamW at Muon's rate",
           "lr / 3 if matrices else lr", "lr", LOOP),
+    Fault("sft.py", "Muon without its momentum",
+          "orthogonal(p.grad.lerp(momentum, 0.95))", "orthogonal(p.grad)", MUON),
+    Fault("sft.py", "a tall matrix is turned over",
+          "return orthogonal(x.T).T", "return orthogonal(x.T.flip(1)).T", MUON),
     Fault("sft.py", "validation on train",
           '"val", c.eval_examples', '"train", c.eval_examples', LOOP),
     Fault("sft.py", "validation of the first model",
@@ -339,13 +345,13 @@ FAULTS = [
     Fault("evaluate.py", "only the last command may change",
           'came_by.read_text() != "\\n".join(commands)', 'commands[-1] not in came_by.read_text()',
           STUDY),
-    Fault("evaluate.py", "one seed more than there is",
+    Fault("tests/report.py", "one seed more than there is",
           "(ANGLES.cos() ** (n - 2))", "(ANGLES.cos() ** (n - 1))", STUDY),
-    Fault("evaluate.py", "half of a p-value",
+    Fault("tests/report.py", "half of a p-value",
           "p = 1 - within[", "p = 0.5 - 0.5 * within[", STUDY),
-    Fault("evaluate.py", "after a claim that fails others stand",
+    Fault("tests/report.py", "after a claim that fails others stand",
           'stands = stands and row["p"] * left < 0.05', 'stands = row["p"] * left < 0.05', STUDY),
-    Fault("evaluate.py", "no correction for many claims",
+    Fault("tests/report.py", "no correction for many claims",
           'row["p"] * left < 0.05', 'row["p"] < 0.05', STUDY),
     Fault("evaluate.py", "the best of a run is its last",
           "regret=max(held_out) - held_out[-1]", "regret=max(held_out) - max(held_out)", STUDY),

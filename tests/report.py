@@ -7,6 +7,7 @@ study ends with it.
 """
 import argparse
 import base64
+import contextlib
 import functools
 import html
 import io
@@ -17,14 +18,64 @@ import re
 import shlex
 import sys
 from collections import Counter, defaultdict
+from statistics import fmean as mean, stdev
+
+import torch
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))        # it is also run as a file, by the study
 
 import data
-from evaluate import (AGES, COLUMNS, FINDINGS, columns, grade, grouped, judge, judged,
-                      known_figures, mean, t_interval, text_table, verdict)
+from evaluate import AGES, COLUMNS, FINDINGS, columns, grade, grouped, judge, text_table, verdict
 from model import read_json, write_file
+
+ANGLES = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.double)
+
+
+def t_interval(values):
+    """-> mean, its 95 % interval over seeds, the p-value of a mean of 0. Student's T of n values is
+    sqrt(n - 1) tan(angle), where the angle has the density cos(angle) ** (n - 2)."""
+    n, middle = len(values), mean(values)
+    if n == 1:
+        return middle, -math.inf, math.inf, 1.0
+    within = (ANGLES.cos() ** (n - 2)).cumsum(0)
+    within = within / within[-1]                         # P(|T| below that of each angle)
+    error = max(stdev(values), 1e-9) / math.sqrt(n)
+    angle = math.atan(abs(middle) / error / math.sqrt(n - 1))
+    p = 1 - within[torch.searchsorted(ANGLES, angle)].item()
+    t = math.sqrt(n - 1) * ANGLES[torch.searchsorted(within, 0.95)].tan().item()
+    return middle, middle - t * error, middle + t * error, p
+
+
+def known_figures(results):
+    """-> {seed: {(cell, figure): percent}}; a split's figure is its accuracy"""
+    known = defaultdict(dict)
+    for cell in results["cells"]:
+        figures = cell | {split: whole["accuracy"] for split, whole in cell["splits"].items()}
+        known[cell["seed"]] |= {(cell["cell"], name): 100 * value
+                                for name, value in figures.items() if isinstance(value, float)}
+    return known
+
+
+def judged(results):
+    """-> what is found of each claim whose cells are there: the difference of each seed, mean,
+    interval, verdict; and `holm`, the verdict as one of all of them (Holm 1979)."""
+    rows = []
+    claims = [(name, *claim) for name, one in FINDINGS.items() for claim in one.claims.items()]
+    for finding, claim, difference in claims:
+        values = []
+        for known in known_figures(results).values():
+            with contextlib.suppress(KeyError):          # of a cell that is not there
+                values.append(difference(lambda cell, name="test": known[cell, name]))
+        if values:
+            row = dict(zip(("mean", "low", "high", "p"), t_interval(values)), values=values)
+            word = "holds" if row["low"] > 0 else "opposite" if row["high"] < 0 else "undecided"
+            rows.append(row | dict(finding=finding, claim=claim, verdict=word))
+    stands = True
+    for left, row in zip(range(len(rows), 0, -1), sorted(rows, key=lambda row: row["p"])):
+        stands = stands and row["p"] * left < 0.05
+        row["holm"] = row["verdict"] if stands else "undecided"
+    return rows
 
 
 @functools.cache
@@ -107,6 +158,28 @@ def family_table(results):
         known[name] = [cell["splits"][split]["families"] for cell in cells]
     return [[split, *blind], *([name, *(f"{100 * mean(one[family] for one in some):.0f}"
                                         for family in blind)] for name, some in known.items())]
+
+
+def calibration_table(results):
+    """How hard the world is for each seed's bases, and what is asked of it (in points, splits
+    «test» but for words): accuracies, families against their blind levels, answers that reason."""
+    [blind] = blind_levels(("test",)).values()
+    rows = [["seed", "weak, above blind", "strong", "least family, above blind",
+             "reasons", "in words: strong", "reasons there", "SFT from strong", "least family"],
+            ["asked", "5 to 20", "65 to 90", "15", "5 to 60", "the strong's or more",
+             "20 to 80", "90", "75"]]
+    for seed, cells in grouped(results["cells"], "seed").items():
+        of = {cell["cell"]: cell["splits"] for cell in cells}
+        if not {"weak", "strong", "strong/sft"} <= {*of}:
+            continue
+        strong, taught = of["strong"]["test"], of["strong/sft"]["test"]
+        above = min(strong["families"][family] - level for family, level in blind.items())
+        shares = [of["weak"]["test"]["accuracy"] - mean(blind.values()), strong["accuracy"],
+                  above, strong["format"],
+                  of["strong"]["text"]["accuracy"], of["strong"]["text"]["format"],
+                  taught["accuracy"], min(taught["families"].values())]
+        rows.append([str(seed), *(f"{100 * share:.0f}" for share in shares)])
+    return rows
 
 
 COLOURS = "#0b6e4f", "#c1440e", "#3b6fb6", "#8a5a00", "#7a3b9a"
@@ -219,6 +292,8 @@ def report(results):
         page += f"<h2>{name}: {finding.question}</h2>{''.join(charts(results, name))}"
     page += "<h2>All cells</h2>" + html_table(main_table(results))
     page += html_table(family_table(results))
+    page += "<h2>Is the world neither too easy nor too hard?</h2>"
+    page += html_table(calibration_table(results))
     page += "<h2>Rollouts (green: a true step, red: a false one)</h2>"
     cells = [cell for cell in results["cells"] if answers_of(cell).exists()]
     cells = [cell for cell in cells if cell["seed"] == cells[0]["seed"]]

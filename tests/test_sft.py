@@ -292,10 +292,43 @@ def test_optimizers_share_the_parameters():
     model, _ = models.fresh("s", [data.base_example(i) for i in range(50)], 0)
     made = sft.make_optimizers(dict(model.named_parameters()), 1e-3)
     adam, muon = sorted(set(made.values()), key=lambda one: type(one).__name__)
-    assert isinstance(muon, torch.optim.Muon) and isinstance(adam, torch.optim.AdamW)
+    assert isinstance(muon, sft.Muon) and isinstance(adam, torch.optim.AdamW)
     first, second = ({id(p) for p in o.param_groups[0]["params"]} for o in (muon, adam))
     assert not first & second and first | second == {id(p) for p in model.parameters()}
     assert id(model.lm_head.weight) in second
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_muon_goes_where_that_of_torch_goes(scale):
+    """Tall and wide matrices, one without a gradient in a step. torch's iterates in bf16: on a CPU
+    that cannot multiply in it (AVX2 alone), its step once took longer than the passes of the model
+    forward and backward."""
+    shapes = [(64, 64), (64, 64), (160, 64), (64, 160), (32, 64)]
+    torch.manual_seed(0)
+    mine = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    starts = [p.detach().clone() for p in mine]
+    theirs = [torch.nn.Parameter(p.clone()) for p in starts]
+    muon = sft.Muon(mine, 1e-2)
+    other = torch.optim.Muon(theirs, 1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        for place, (p, q) in enumerate(zip(mine, theirs)):
+            p.grad = None if (place, step) == (1, 2) else scale * torch.randn(p.shape)
+            q.grad = None if p.grad is None else p.grad.clone()
+        muon.step()
+        other.step()
+    for p, q, start in zip(mine, theirs, starts):
+        assert (p - q).norm() < 0.02 * (p - start).norm()
+
+
+def test_orthogonal_keeps_the_directions_of_a_matrix():
+    """U S Vᵀ becomes U S' Vᵀ, every s' in 0.68..1.14 (Jordan 2024), tall or wide."""
+    torch.manual_seed(0)
+    for shape in [(48, 64), (64, 48)]:
+        matrix = torch.randn(shape)
+        u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+        values = u.T @ sft.orthogonal(matrix) @ vt.T
+        assert (0.68 < values.diagonal()).all() and (values.diagonal() < 1.14).all()
+        assert (values - values.diagonal().diag()).abs().max() < 1e-4
 
 
 def test_resume_leaves_the_number_of_steps_on_the_cpu(tmp_path, start):
@@ -569,7 +602,7 @@ def memory(raw, script, rank):
     every, c = sum(p.numel() for p in model.parameters()), model.config.text
     total = 2 * every                # frozen in bf16, or what autocast makes of fp32 weights
     for optimizer in set(sft.make_optimizers(trained, 1.0).values()):     # all of it in fp32
-        moments = 1 if isinstance(optimizer, torch.optim.Muon) else 2
+        moments = 1 if isinstance(optimizer, sft.Muon) else 2
         total += 4 * (2 + moments) * sum(p.numel() for p in optimizer.param_groups[0]["params"])
     tokens = 384 + 256 * (8 if script == "grpo" else 1)
     if script == "grpo":             # bf16 copy for the sampler, fp32 reference; a bf16 cache

@@ -179,13 +179,13 @@ def test_budgets_of_data(monkeypatch, tmp_path):
 
 def test_every_claim_is_of_cells_that_run():
     """A claim about a cell that no preset makes would never be judged."""
-    rows = evaluate.judged(made_up(random.Random(0), 2))
+    rows = report.judged(made_up(random.Random(0), 2))
     claims = [claim for finding in evaluate.FINDINGS.values() for claim in finding.claims]
     assert [row["claim"] for row in rows] == claims and len(set(claims)) == len(claims)
     for name, finding in evaluate.FINDINGS.items():
         cells = {*evaluate.YOUNG, *sum(finding.cells().values(), [])}
         some = made_up(random.Random(0), 2, cells)
-        assert {row["claim"] for row in evaluate.judged(some)} >= set(finding.claims), name
+        assert {row["claim"] for row in report.judged(some)} >= set(finding.claims), name
 
 
 # ------------------------------------------------------------------------------ figures
@@ -245,7 +245,7 @@ def test_t_interval_against_known_values():
     """Student's tables: two-sided 95 % quantiles, and p-values."""
     for n, quantile in ((2, 12.706), (3, 4.303), (5, 2.776), (6, 2.571), (8, 2.365), (30, 2.045)):
         values = [1.0, 3.0] * (n // 2) + [2.0] * (n % 2)
-        middle, low, high, _ = evaluate.t_interval(values)
+        middle, low, high, _ = report.t_interval(values)
         spread = (sum((x - 2) ** 2 for x in values) / (n - 1) / n) ** 0.5
         assert middle == pytest.approx(2)
         assert (high - 2) / spread == pytest.approx(quantile, rel=1e-3) == (2 - low) / spread
@@ -253,10 +253,10 @@ def test_t_interval_against_known_values():
                     (6, 2.015, 0.1), (2, 1.0, 0.5)):
         values = [1.0, -1.0] * (n // 2) + [0.0] * (n % 2)
         error = (sum(x * x for x in values) / (n - 1) / n) ** 0.5
-        assert evaluate.t_interval([x + t * error for x in values])[3] == pytest.approx(p, rel=5e-3)
-        assert evaluate.t_interval([x - t * error for x in values])[3] == pytest.approx(p, rel=5e-3)
-    assert evaluate.t_interval([3.0])[1:] == (-float("inf"), float("inf"), 1.0)
-    assert evaluate.t_interval([0.0] * 8)[3] == pytest.approx(1, abs=1e-3)
+        assert report.t_interval([x + t * error for x in values])[3] == pytest.approx(p, rel=5e-3)
+        assert report.t_interval([x - t * error for x in values])[3] == pytest.approx(p, rel=5e-3)
+    assert report.t_interval([3.0])[1:] == (-float("inf"), float("inf"), 1.0)
+    assert report.t_interval([0.0] * 8)[3] == pytest.approx(1, abs=1e-3)
 
 
 def made_up(rng, seeds, cells=evaluate.PRESETS["paper"]["cells"], effect=lambda cell: 0.0,
@@ -286,7 +286,7 @@ def made_up(rng, seeds, cells=evaluate.PRESETS["paper"]["cells"], effect=lambda 
 
 
 def verdicts(results, key="verdict"):
-    return {row["claim"]: row[key] for row in evaluate.judged(results)}
+    return {row["claim"]: row[key] for row in report.judged(results)}
 
 
 FAIR = ["from the weak base, SFT leads GRPO",
@@ -306,7 +306,7 @@ def test_false_alarms_of_a_study_in_which_nothing_differs():
     cells = ["weak", "strong", "weak/sft", "weak/grpo", "weak/sft/grpo", "strong/sft",
              "strong/grpo", "strong/grpo --grader lenient", "strong/sft --traces verbose"]
     for _ in range(300):
-        rows = [row for row in evaluate.judged(made_up(rng, 8, cells)) if row["claim"] in FAIR]
+        rows = [row for row in report.judged(made_up(rng, 8, cells)) if row["claim"] in FAIR]
         assert len(rows) == len(FAIR)
         alarms += sum(row["verdict"] != "undecided" for row in rows)
         families += any(row["holm"] != "undecided" for row in rows)
@@ -331,9 +331,9 @@ def test_power_of_a_study_of_eight_seeds():
 def test_holm_by_hand(monkeypatch):
     """p-values times the number of claims that are left; after the first that fails none stands."""
     given = iter([0.02, 0.001, 0.6, 0.009, 0.018, 0.012])
-    monkeypatch.setattr(evaluate, "t_interval", lambda values: (1.0, 0.5, 1.5, next(given)))
+    monkeypatch.setattr(report, "t_interval", lambda values: (1.0, 0.5, 1.5, next(given)))
     cells = ["weak", "strong", "weak/sft", "weak/grpo", "strong/sft", "strong/grpo"]
-    rows = evaluate.judged(made_up(random.Random(0), 8, cells))
+    rows = report.judged(made_up(random.Random(0), 8, cells))
     stand = [row["holm"] == "holds" for row in rows]     # 0.018 · 3 ends it
     assert stand == [False, True, False, True, False, True]
     assert {row["verdict"] for row in rows} == {"holds"}
@@ -356,7 +356,7 @@ def test_main_table_counts_collapsed_runs_and_means_over_seeds(monkeypatch):
     assert head[:6] == ["model", "seeds", "collapsed", "test", "ood", "text"]
     assert blind[3:6] == ["30.0"] * 3 and base[1:3] == ["4", "0"] and explored[1:3] == ["4", "1"]
     values = [cell["splits"]["test"]["accuracy"] for cell in (low, *others)]
-    middle, down, up, _ = evaluate.t_interval([100 * value for value in values])
+    middle, down, up, _ = report.t_interval([100 * value for value in values])
     assert explored[3] == f"{middle:.1f} [{down:.0f}, {up:.0f}]"
 
 
@@ -405,6 +405,23 @@ def test_report_begins_with_verdicts_and_has_every_command(out):
     assert places == sorted(places) and places[0] < text.index("<svg")
 
 
+def test_calibration_of_a_seed_whose_figures_are_known(monkeypatch):
+    """Levels against the blind ones by family; a seed without its bases is left out."""
+    blind = dict.fromkeys(data.FAMILIES, 0.2) | dict(count=0.5)
+    monkeypatch.setattr(report, "blind_levels", lambda splits: {"test": blind})
+    results = made_up(random.Random(0), 2, ["weak", "strong", "strong/sft"])
+    results["cells"].pop()                           # the second seed's SFT
+    weak, strong, taught = (cell["splits"] for cell in results["cells"][:3])
+    weak["test"]["accuracy"], strong["test"]["accuracy"] = 0.35, 0.7
+    strong["test"]["families"] = dict.fromkeys(data.FAMILIES, 0.9) | dict(count=0.69, sum=0.4)
+    strong["test"]["format"], strong["text"]["format"] = 0.2, 0.6
+    strong["text"]["accuracy"], taught["test"]["accuracy"] = 0.8, 0.95
+    taught["test"]["families"] = dict.fromkeys(data.FAMILIES, 0.98) | dict(location=0.76)
+    *_, row = table = report.calibration_table(results)
+    assert row == ["0", "10", "70", "19", "20", "80", "60", "95", "76"]
+    assert len(table) == 3 and all(len(row) == 9 for row in table)
+
+
 def test_figures_of_every_finding():
     """Of eight seeds: a dot each, a whisker for each mean, legend, axis and ticks; one figure a
     split, one over compute for each base, one for each run of a reward."""
@@ -424,7 +441,7 @@ def test_chart_puts_values_where_they_belong():
     """0 at the bottom, 100 at the top; a whisker as long as the t interval; x along the ticks."""
     drawn = report.chart("accuracy", "base", {"SFT": [(0, [0.0, 0.0]), (1, [90.0, 110.0])]},
                          {0: "weak", 1: "strong"})
-    _, low, high, _ = evaluate.t_interval([90.0, 110.0])
+    _, low, high, _ = report.t_interval([90.0, 110.0])
     line, dots = re.findall('d="(M[^"]*)"', drawn)[-2:]
     assert line.startswith("M50.0 250.0L420.0 50.0") and dots.count("M50.0 250.0h0") == 2
     assert "M420.0 70.0h0M420.0 30.0h0" in dots
