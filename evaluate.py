@@ -527,8 +527,8 @@ def main(c):
 # the weak base; «@strong» stands for the strong base's own answers to the training questions.
 # Seed k has its own base, where its cells start; weak and middle are that base's youth, and small
 # is another one of fewer parameters.
-AGES = {"small": "small", "weak": "base/step-800", "middle": "base/step-1400", "strong": "base"}
-BASES = {"base": "--keep 800,1400", "small": "--size xs"}
+AGES = {"small": "small", "weak": "base/step-800", "middle": "base/step-1200", "strong": "base"}
+BASES = {"base": "--keep 800,1200", "small": "--size xs"}
 YOUNG = ("weak", "middle", "strong")
 GRID = [f"middle/sft --lr {lr} --epochs {n}" for lr in ("1e-3", "3e-3", "1e-2") for n in (3, 6)]
 GRID += [f"middle/grpo --lr {lr} --steps {n}"

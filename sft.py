@@ -78,7 +78,7 @@ class RunConfig(CommonConfig):
 
 @dataclass
 class Config(RunConfig):
-    """Options of sft.py. steps: by epochs, 2400 for the base."""
+    """Options of sft.py. steps: by epochs, 2200 for the base."""
     stage: str = option("sft", "base: mixed pretraining from scratch; sft", ("base", "sft"))
     size: str = option("s", "size of a model made from scratch", tuple(SIZES))
     traces: str = option("canonical", "canonical, verbose, answer, or a file of rollouts")
@@ -136,7 +136,7 @@ def read_traces(path, examples):
 
 def main(c):
     c.out = c.out or f"runs/{c.stage}"
-    c.steps = c.steps or (2400 if c.stage == "base" and c.data == "world" else None)
+    c.steps = c.steps or (2200 if c.stage == "base" and c.data == "world" else None)
     examples = training_examples(c)
     c.steps = c.steps or c.epochs * math.ceil(len(examples) / c.batch)
     if c.stage == "base" or c.init is None and c.data != "world":

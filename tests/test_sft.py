@@ -457,8 +457,8 @@ def test_defaults_of_the_base(tmp_path, monkeypatch):
     monkeypatch.setattr(sft.Run, "train", lambda run, examples, *_: made.append((run, examples)))
     sft.main(sft.Config(stage="base", out=str(tmp_path), device="cpu"))
     (run, examples), = made
-    assert (run.config.steps, run.config.lr) == (2400, 6e-3)
-    assert len(examples) == 2400 * run.config.batch
+    assert (run.config.steps, run.config.lr) == (2200, 6e-3)
+    assert len(examples) == 2200 * run.config.batch
     assert examples[7].question == data.base_example(7).question
 
 

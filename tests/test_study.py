@@ -137,7 +137,7 @@ def test_way_to_a_cell():
     rollouts = "runs/study/seed-0/base/rollouts.jsonl"
     assert list(way) == ["runs/study/seed-0/base", rollouts, model]
     assert "--split train" in way[rollouts] and f"--traces {rollouts}" in way[model]
-    assert "--init runs/study/seed-0/base/step-1400 " in way[model]
+    assert "--init runs/study/seed-0/base/step-1200 " in way[model]
 
 
 @pytest.mark.parametrize("preset", evaluate.PRESETS)
