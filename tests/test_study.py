@@ -422,6 +422,22 @@ def test_calibration_of_a_seed_whose_figures_are_known(monkeypatch):
     assert len(table) == 3 and all(len(row) == 9 for row in table)
 
 
+def test_deceptive_rewards_of_three_seeds():
+    """A reward that rises in every seed, and a held-out accuracy that falls, or rises as well."""
+    results = made_up(random.Random(0), 3, ["weak", "weak/grpo", "weak/grpo --grader lenient"])
+    for cell in results["cells"]:
+        sign = -1 if "lenient" in cell["cell"] else 1
+        cell |= dict(reward_gain=0.2 + 0.01 * cell["seed"], regret=0.03, spearman=0.5 * sign,
+                     held_out_gain=sign * 0.1 + 0.01 * cell["seed"])
+    del results["cells"][0]["reward_gain"], results["cells"][3]["reward_gain"]
+    del results["cells"][6]["reward_gain"]           # of the bases
+    _, honest, lenient = report.reward_table(results)
+    interval = report.in_points([20.0, 21.0, 22.0])
+    assert honest[:3] == ["weak/grpo", "3", interval] and interval.startswith("+21.0 [+18.5, ")
+    assert honest[4:] == ["3.0", "0 of 3", "no"]
+    assert lenient[3].startswith("-9.0 [-11.5,") and lenient[4:] == ["3.0", "3 of 3", "yes"]
+
+
 def test_figures_of_every_finding():
     """Of eight seeds: a dot each, a whisker for each mean, legend, axis and ticks; one figure a
     split, one over compute for each base, one for each run of a reward."""
