@@ -288,7 +288,7 @@ def base_example(index):
     things, alone = example.scene, singles(example.scene)
     question, response = "Describe the table.", describe(things)
     if kind == "question":
-        chance = (0.2 if words else 0.12) * example.response.count(".")      # for each step
+        chance = (0.25 if words else 0.12) * example.response.count(".")      # for each step
         shown = example.response if rng.random() < chance else tagged(example.answer)
         return replace(example, response=shown)
     if kind == "counts":
