@@ -433,8 +433,10 @@ def run_command(command):
     if WORLD > 1:
         sys.exit(f"error: first, as one process: {command}")
     print(f"\n$ {command}", flush=True)
-    (script, *options), here = shlex.split(command)[1:], pathlib.Path(__file__).parent
-    process = subprocess.Popen([sys.executable, here / script, *options])
+    words, here = shlex.split(command)[1:], pathlib.Path(__file__).parent
+    if words[0] != "-m":
+        words[0] = here / words[0]
+    process = subprocess.Popen([sys.executable, *words], env=os.environ | {"PYTHONPATH": str(here)})
     try:
         code = process.wait()
     except KeyboardInterrupt:        # a terminal has told it, too; it may save
@@ -524,7 +526,8 @@ def main(c):
 
 # ----------------------------------------------------------------------------------- the study
 # A cell is a model, named by the way to it: «weak/sft/grpo --algorithm dapo» is DAPO after SFT of
-# the weak base; «@strong» stands for the strong base's own answers to the training questions.
+# the weak base; «@strong» stands for the strong base's own answers to the training questions, as
+# «@weak+grpo» for those of weak/grpo.
 # Seed k has its own base, where its cells start; weak and middle are that base's youth, and small
 # is another one of fewer parameters.
 AGES = {"small": "small", "weak": "base/step-800", "middle": "base/step-1200", "strong": "base"}
@@ -611,7 +614,8 @@ PRESETS = {
                   test="--limit 60 --split test,text",
                   base=" --steps 150 --eval-examples 12", sft=" --examples 1280 --eval-examples 12",
                   grpo=" --prompts 8 --steps 10 --eval-every 5 --eval-examples 12")}
-EVALUATIONS = dict(sft="--eval-every 30", grpo="--eval-every 10")    # along a training
+# {name of a training in a cell: its script, how often it evaluates}
+TRAININGS = dict(sft=("sft.py", "--eval-every 30"), grpo=("grpo.py", "--eval-every 10"))
 
 
 @dataclass
@@ -636,16 +640,17 @@ def way_to(cell, c, seed):
         command = f"python sft.py --stage base {BASES[base]} --out {home}/{base} {last}"
         return f"{home}/{AGES[cell]}", {f"{home}/{base}": command + preset.get("base", "")}
     init, way = way_to(before, c, seed)
-    script, _, options = training.partition(" ")
-    for age in re.findall(r"@(\w+)", options):
-        teacher, teachers_way = way_to(age, c, seed)
+    name, _, options = training.partition(" ")
+    script, evaluations = TRAININGS[name]
+    for writer in re.findall(r"@(\S+)", options):
+        teacher, teachers_way = way_to(writer.replace("+", "/"), c, seed)
         rollouts = f"{teacher}/rollouts.jsonl"
-        options = options.replace(f"@{age}", rollouts)
+        options = options.replace(f"@{writer}", rollouts)
         way |= teachers_way | {rollouts: f"python evaluate.py --model {teacher} --split train "
                                f"--limit 2000 --temperature 1 --out {rollouts} --device {c.device}"}
     model = f"{home}/{re.sub('[^a-z0-9]+', '-', cell)}"
-    command = f"python {script}.py --init {init} {EVALUATIONS[script]} {options}".rstrip()
-    return model, way | {model: f"{command} --out {model} {last}" + preset.get(script, "")}
+    command = f"python {script} --init {init} {evaluations} {options}".rstrip()
+    return model, way | {model: f"{command} --out {model} {last}" + preset.get(name, "")}
 
 
 def commands_of(cell, c, seed):

@@ -142,14 +142,15 @@ class Config(RunConfig):
                 setattr(self, name, value)
 
 
-def rollout(run, step, examples, prompts):
+def rollout(run, step, examples, prompts, given=None, reward=reward):
     """Samples a group of answers to each question and rewards them -> Rollouts of R = B * G rows,
-    the tokens that the loss counts (R, N), the advantage of each row (R, 1), metrics."""
+    the tokens that the loss counts (R, N), the advantage of each row (R, 1), metrics. given: what
+    answers begin with, see Sampler.generate."""
     c, begin = run.config, time.perf_counter()
     run.sampler.refresh()
     seeds = torch.arange(len(examples)) + c.prompts * (step + 1_000_003 * c.seed)
     rollouts = run.sampler.generate(prompts, c.group, c.max_new_tokens, c.temperature,
-                                    seeds % 2 ** 31)
+                                    seeds % 2 ** 31, given)
     seconds, answer_format = time.perf_counter() - begin, run.processor.style["answer_format"]
     parts = [reward(run.processor.decode(ids), len(ids), examples[r // c.group], answer_format, c)
              for r, ids in enumerate(rollouts.rows())]
@@ -192,11 +193,12 @@ def fixed_logprobs(run, model, prompts, rollouts):
     return summed(logprobs)
 
 
-def explore(run, step, examples, prompts, responses):
+def explore(run, step, examples, prompts, responses, rollout=rollout):
     """One step on the model's own answers -> metrics; `responses`, somebody's, are not looked at.
-    One rollout, then an optimizer step for each minibatch of its questions, on three log-probs of
-    each token: of the policy that learns, of the policy as it was (old), of the sampler (the same
-    but for rounding). Loss and gradient norm are logged of the last minibatch."""
+    One rollout (its advantages may also be of each token), then an optimizer step for each
+    minibatch of its questions, on three log-probs of each token: of the policy that learns, of the
+    policy as it was (old), of the sampler (the same but for rounding). Loss and gradient norm are
+    logged of the last minibatch."""
     c, B = run.config, len(examples)
     rollouts, mask, advantage, metrics = rollout(run, step, examples, prompts)
     minibatches = pieces(0, B, math.ceil(B / c.minibatches))
@@ -243,7 +245,7 @@ def explore(run, step, examples, prompts, responses):
     return metrics | dict(gap_mean=gap_mean, gap_max=gap.max().item())
 
 
-def main(c):
+def main(c, one_step=explore):
     c.out = c.out or "runs/grpo"
     model, processor = starting_model(c, small=5e-4, published=1e-6)
     reference = None
@@ -252,7 +254,7 @@ def main(c):
     examples = load_examples(c, "train", c.examples if c.data == "world" else None)
     c.steps = c.steps or max(100, math.ceil(len(examples) / c.prompts))
     run = Run(c, model, processor, decay=False, reference=reference)
-    run.train(examples, c.prompts, explore)
+    run.train(examples, c.prompts, one_step)
 
 
 if __name__ == "__main__":

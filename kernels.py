@@ -95,13 +95,14 @@ def gumbel(keys, vocabulary):
     return uniform.log_().neg_().log_().neg_()
 
 
-def sample(hidden, weight, banned, inverse_temperature, noisy, keys, generated):
+def sample(hidden, weight, banned, inverse_temperature, noisy, keys, generated, given):
     """Draws from softmax(h Wᵀ / T) without banned ids, by Gumbel arg-max in fp32. hidden (R, D);
     weight (V, D); inverse_temperature (1,); noisy (1,): 1, or 0 for greedy; the noise is that of
-    keys (R,) int32 and of the number of tokens generated (1,) -> tokens, log-probs (R,)."""
+    keys (R,) int32 and of the number of tokens generated (1,); given (R,): the token itself, or -1
+    -> tokens, log-probs (R,)."""
     logits = (hidden @ weight.T).float().mul_(inverse_temperature).masked_fill_(banned, NEGATIVE)
     noise = gumbel(mix(keys ^ mix(generated.int())), len(weight))              # (R, V)
-    tokens = noise.mul_(noisy).add_(logits).argmax(-1)                         # (R,)
+    tokens = noise.mul_(noisy).add_(logits).argmax(-1).where(given < 0, given)             # (R,)
     return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
@@ -193,21 +194,24 @@ class Sampler:
         for mine, theirs in zip(self.model.parameters(), self.source.parameters()):
             mine.copy_(theirs)
 
-    def generate(self, prompts, group=1, new_tokens=48, temperature=1.0, seeds=None):
+    def generate(self, prompts, group=1, new_tokens=48, temperature=1.0, seeds=None, given=None):
         """Batch of B prompts -> Rollouts of B * group rows. temperature 0 is greedy.
         seeds (B,): one per prompt; the same seed gives the same rollouts in any company. Without
-        seeds every call gives the same."""
+        seeds every call gives the same. given (B, group, new_tokens): the tokens that answers begin
+        with, then -1."""
         B, T = prompts.ids.shape
         seeds = torch.arange(B) if seeds is None else seeds
         logprobs = torch.zeros(B, group, new_tokens, device=self.device)
         ids = torch.zeros_like(logprobs, dtype=torch.long)
+        given = torch.full_like(ids, -1) if given is None else given.to(self.device)
         with torch.inference_mode():
             groups = self.reserve(math.ceil(B / WORLD), group, new_tokens, T)
             self.inverse_temperature.fill_(1 / (temperature or 1))
             self.noisy.fill_(temperature > 0)
             for start, stop in own_pieces(0, B, groups):         # answered at a time
                 part = slice(start, stop)
-                ids[part], logprobs[part] = self.answer(prompts.part(start, stop), seeds[part])
+                some = prompts.part(start, stop)
+                ids[part], logprobs[part] = self.answer(some, seeds[part], given[part])
         ids, logprobs = (summed(x).flatten(0, 1) for x in (ids, logprobs))     # (R, N)
         stops = ids == self.stop
         ended = stops.cumsum(1) - stops.long() > 0   # after the first end mark: they went on
@@ -242,14 +246,16 @@ class Sampler:
         self.token = integers(groups, G)             # the input of the next step
         self.noise_key = zeros(groups, G).int()
         self.ids, self.logprobs = integers(N, groups, G), zeros(N, groups, G)
+        self.given = torch.full_like(self.ids, -1)
         self.shape = (groups, G, N, start)
 
-    def answer(self, prompts, seeds):
+    def answer(self, prompts, seeds, given):
         """Reads at most as many prompts as there is room for, and steps until all have ended.
-        -> ids, log-probs (B, G, N)"""
+        given (B, G, N) -> ids, log-probs (B, G, N)"""
         B, N = len(prompts.ids), self.shape[2]
         for start, stop in pieces(0, B, PROMPTS_AT_ONCE):
             self.admit(prompts.part(start, stop), slice(start, stop), seeds[start:stop])
+        self.given[:, :B] = given.movedim(2, 0)
         self.generated.zero_()
         check_every = CHECK_EVERY if self.on_gpu else 1
         for steps in range(1, N + 1):
@@ -313,9 +319,10 @@ class Sampler:
         decoder = self.model.decoder
         positions = (self.last_position + self.generated).flatten()            # (R,)
         hidden = decoder(decoder.embed_tokens(self.token.flatten()), positions, attend)
+        given = self.given.index_select(0, self.generated).flatten()           # (R,)
         token, logprob = sample(hidden, self.model.lm_head.weight, self.banned,
                                 self.inverse_temperature, self.noisy, self.noise_key.flatten(),
-                                self.generated)
+                                self.generated, given)
         self.token.copy_(token.view_as(self.token))
         self.ids.index_copy_(0, self.generated, self.token[None])
         self.logprobs.index_copy_(0, self.generated, logprob.view_as(self.token)[None])

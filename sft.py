@@ -36,20 +36,22 @@ from kernels import QUIET, RANK, WORLD, Sampler, length_mask, own_pieces, summed
 from model import (SIZES, CheckpointError, add_lora, fresh, load_checkpoint, read_file, read_json,
                    recompute_activations, save_checkpoint, write_file)
 
-WEIGHTS = {  # name: w_t from the token's probability p and the entropy there, without gradient
-    "nll": lambda p, entropy: torch.ones_like(p),
-    "dft": lambda p, entropy: p,                                 # dynamic fine-tuning
-    "trsft": lambda p, entropy: p / p.clamp(min=0.1),            # 2512.17636: NLL where p >= 0.1
-    "luffy": lambda p, entropy: p / (p + 0.1),                   # LUFFY's shaping
+WEIGHTS = {  # name: w_t from the token's probability p, the entropy there and, where known, the
+             # token's log-prob under the model that wrote it; all (B, N), without gradient
+    "nll": lambda p, *_: torch.ones_like(p),
+    "dft": lambda p, *_: p,                                      # dynamic fine-tuning
+    "trsft": lambda p, *_: p / p.clamp(min=0.1),                 # 2512.17636: NLL where p >= 0.1
+    "luffy": lambda p, *_: p / (p + 0.1),                        # LUFFY's shaping
     # MIFO (2510.04454): only the tokens of the highest entropy; a fifth of each answer: our choice
-    "entropy": lambda p, entropy: (entropy >= entropy.nanquantile(0.8, -1, True)).to(p),
+    "entropy": lambda p, entropy, _: (entropy >= entropy.nanquantile(0.8, -1, True)).to(p),
 }
 
 
-def imitation_loss(logprob, entropy, mask, weight):
-    """Sum of weighted token losses. (B, N) -> scalar, to be divided by the tokens of the step."""
+def imitation_loss(logprob, entropy, written, mask, weight):
+    """Sum of weighted token losses. (B, N) -> scalar, to be divided by the tokens of the step.
+    written: log-probs under the model that wrote the answers, nan where unknown."""
     with torch.no_grad():            # nan: padding is no token, and takes no part in a quantile
-        w = WEIGHTS[weight](logprob.exp(), entropy.where(mask, math.nan))
+        w = WEIGHTS[weight](logprob.exp(), entropy.where(mask, math.nan), written)
     return -(w * logprob)[mask].sum()
 
 
@@ -92,13 +94,17 @@ def imitate(run, step, examples, prompts, responses):
     c = run.config
     tokens = sum(map(len, responses))
     sums = torch.zeros(2, device=c.device)       # of loss and entropy: a GPU is not waited for
+    written = [one.logprobs if len(one.logprobs) == len(ids) else [math.nan] * len(ids)
+               for one, ids in zip(examples, responses)]
     run.zero_grad()
     for start, stop in own_pieces(0, len(examples), c.micro_batch):
         ids, lengths = data.pad_rows(responses[start:stop], run.processor.pad)
         ids, mask = ids.to(c.device), length_mask(lengths).to(c.device)        # (B, N)
         with run.autocast():
             logprob, entropy = run.model.score(prompts.part(start, stop).to(c.device), ids, mask)
-        loss = imitation_loss(logprob, entropy, mask, c.weight) / tokens       # of the whole step
+        known, _ = data.pad_rows(written[start:stop], math.nan)
+        loss = imitation_loss(logprob, entropy, known.to(c.device), mask, c.weight)
+        loss = loss / tokens         # of the whole step
         loss.backward()
         sums += torch.stack([loss.detach(), entropy.sum()])
     loss, entropy = summed(sums).tolist()
@@ -126,7 +132,8 @@ def read_traces(path, examples):
         example, response = examples[row["index"]], data.as_text(row["response"])
         if example.question != row["prompt"]:
             raise data.DataError("another question than in --data; expected its --split train")
-        return replace(example, response=response) if row["correct"] else None
+        written = dict(response=response, logprobs=row.get("logprobs", ()))
+        return replace(example, **written) if row["correct"] else None
 
     right = list(filter(None, data.read_jsonl(path, trace)))
     if not right:
@@ -134,7 +141,7 @@ def read_traces(path, examples):
     return right
 
 
-def main(c):
+def main(c, one_step=imitate):
     c.out = c.out or f"runs/{c.stage}"
     c.steps = c.steps or (2200 if c.stage == "base" and c.data == "world" else None)
     examples = training_examples(c)
@@ -149,7 +156,7 @@ def main(c):
     else:
         model, processor = starting_model(c, small=3e-3, published=1e-5)
     run = Run(c, model, processor, decay=True)
-    run.train(examples, c.batch, imitate)
+    run.train(examples, c.batch, one_step)
 
 
 # ------------------------------------------------------------ what every run needs, grpo.py's too

@@ -57,11 +57,11 @@ def known_figures(results):
     return known
 
 
-def judged(results):
+def judged(results, findings=FINDINGS):
     """-> what is found of each claim whose cells are there: the difference of each seed, mean,
     interval, verdict; and `holm`, the verdict as one of all of them (Holm 1979)."""
     rows = []
-    claims = [(name, *claim) for name, one in FINDINGS.items() for claim in one.claims.items()]
+    claims = [(name, *claim) for name, one in findings.items() for claim in one.claims.items()]
     for finding, claim, difference in claims:
         values = []
         for known in known_figures(results).values():
@@ -99,10 +99,10 @@ def in_points(values):
     return f"{middle:+.1f}" + (f" [{low:+.1f}, {high:+.1f}]" if len(values) > 1 else "")
 
 
-def verdict_table(results):
+def verdict_table(results, findings=FINDINGS):
     """A row for each claim whose cells are there."""
     rows = [["finding", "claim", "difference in points", "seeds", "verdict", "of all (Holm)"]]
-    for row in judged(results):
+    for row in judged(results, findings):
         seeds = len(row["values"])
         look = " (first look)" if seeds < 6 else ""
         rows.append([row["finding"], row["claim"], in_points(row["values"]), str(seeds),
@@ -244,10 +244,10 @@ def along(cells, figure, axis):
             for points in zip(*(cell.get("points", ()) for cell in cells)) if figure in points[0]]
 
 
-def charts(results, name):
+def charts(results, name, findings=FINDINGS):
     """Yields the figures of a finding: accuracy on its splits; then capacity's over compute, and
     the course of each training of rewards."""
-    finding, known = FINDINGS[name], known_figures(results).values()
+    finding, known = findings[name], known_figures(results).values()
     by_name, cells = finding.cells(), grouped(results["cells"], "cell")
     for split in finding.splits:
         series = {}

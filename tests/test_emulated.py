@@ -196,6 +196,18 @@ def test_captured_is_plain(vlm, device, group, rows):
     assert sum(graph.replays for graph in device.graphs) > 10
 
 
+def test_captured_begins_with_given_tokens(vlm, device):
+    """Under the graphs of a free rollout, which is the same again afterwards."""
+    pair, ask = Pair(vlm, device), (vlm.mixed, 2, TOKENS, 1.0, vlm.seeds)
+    free, captured = pair.check(*ask), len(device.graphs)
+    given = free.ids.roll(1, 0).view(-1, 2, TOKENS).clone()
+    given[:, :, 3:] = -1
+    led = pair.check(*ask, given)
+    assert torch.equal(led.ids[:, :3], given[:, :, :3].flatten(0, 1) * led.mask[:, :3])
+    assert pair.check(*ask).rows() == free.rows() != led.rows()
+    assert len(device.graphs) == captured
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_captured_follows_the_weights(vlm, device, dtype):
     """A step of the trainer, in place, is seen without a new capture, copied to bf16 or not."""

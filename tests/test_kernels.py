@@ -97,6 +97,7 @@ def test_decode_attention(H, K, E, dtype, G):
 
 
 START = torch.zeros(1, dtype=torch.long, device=DEVICE)      # tokens generated, at first
+FREE = torch.tensor(-1, device=DEVICE)                       # no token is given
 
 
 def switches(temperature):
@@ -121,11 +122,12 @@ def test_sample(R, D, V, free, temperature, dtype):
     steps = torch.tensor([R], device=DEVICE)
     mixed = kernels.mix(keys ^ kernels.mix(steps.int()))
     noisy = wide + noise * kernels.gumbel(mixed, V)
-    got, logprobs = kernels.sample(hidden, weight, banned, scale, noise, keys, steps)
+    got, logprobs = kernels.sample(hidden, weight, banned, scale, noise, keys, steps, FREE)
     assert not banned[got].any()
     close(noisy.gather(1, got[:, None])[:, 0], noisy.max(1)[0])          # of equals, any one
     close(logprobs, wide.log_softmax(-1).gather(1, got[:, None])[:, 0])
-    alone, _ = kernels.sample(hidden[-1:], weight, banned, scale, noise, keys[-1:], steps)
+    alone, _ = kernels.sample(hidden[-1:], weight, banned, scale, noise, keys[-1:], steps,
+                              FREE)
     assert alone.tolist() == got[-1:].tolist(), "noise depends on the rest of the batch"
 
 
@@ -135,7 +137,8 @@ def test_no_log_prob_is_above_zero(dtype):
     certain token the log-prob was up to 8e-6, its probability above 1."""
     hidden = 3 * random(32, 64, dtype=dtype)
     keys, banned = torch.arange(32, dtype=torch.int32, device=DEVICE), torch.zeros(32) > 0
-    _, logprobs = kernels.sample(hidden, hidden, banned.to(DEVICE), *switches(1), keys, START)
+    ask = hidden, hidden, banned.to(DEVICE), *switches(1), keys, START, FREE
+    _, logprobs = kernels.sample(*ask)
     assert (logprobs <= 0).all() and logprobs.max() > -1e-4
 
 
@@ -156,7 +159,8 @@ def test_noise_of_all_bit_patterns():
     for which, logit, token in ((bits[-1:], 25.0, 1), (bits[:1], -25.0, 0)):
         head = torch.tensor([[0.0], [logit]], device=DEVICE)
         key = unmixed(unmixed(which).cpu().numpy().view(np.uint32).astype(np.uint64))
-        got, _ = kernels.sample(head[1:] * 0 + 1, head, free.to(DEVICE), *switches(1), key, START)
+        ask = head[1:] * 0 + 1, head, free.to(DEVICE), *switches(1), key, START, FREE
+        got, _ = kernels.sample(*ask)
         assert int(got) == token
 
 
@@ -178,7 +182,8 @@ def test_samples_follow_the_softmax(first, temperature):
     logits, banned = random(12), torch.zeros(12, dtype=torch.bool, device=DEVICE)
     logits[3], banned[[3, 8]] = 9.0, True
     ones = torch.ones(DRAWS, 1, device=DEVICE)
-    tokens, _ = kernels.sample(ones, logits[:, None], banned, *switches(temperature), keys, START)
+    tokens, _ = kernels.sample(ones, logits[:, None], banned, *switches(temperature), keys, START,
+                               FREE)
     chance = (logits.double() / temperature).masked_fill(banned, -math.inf).softmax(0)
     assert fits(tokens.bincount(minlength=12), DRAWS * chance)
     pairs = (tokens[:-1] * 12 + tokens[1:]).bincount(minlength=144)
@@ -424,6 +429,25 @@ def test_draws_are_independent(vlm):
                  (draws[:, :, 1:], draws[:, :, :-1])):
         pairs = (x * 8 + y).flatten().bincount(minlength=64)
         assert fits(pairs, torch.full((64,), x.numel() / 64, device=DEVICE))
+
+
+@torch.no_grad()
+def test_answers_begin_with_given_tokens(vlm):
+    """They come back bit for bit, with the log-probs of the trainer; what follows is drawn as if
+    they had been drawn, too; the next call knows nothing of them."""
+    sampler = sampler_of(vlm)
+    free = sampler.generate(vlm.batch, 4, 12, 1.0, vlm.seeds)
+    mine, others = free.ids.view(4, 4, 12), free.ids.roll(1, 0).view(4, 4, 12)
+    begins = torch.arange(12, device=DEVICE) < torch.tensor([[0], [2], [5], [12]], device=DEVICE)
+    again = sampler.generate(vlm.batch, 4, 12, 1.0, vlm.seeds, mine.where(begins, -1))
+    assert torch.equal(again.ids, free.ids) and torch.equal(again.logprobs, free.logprobs)
+    led = sampler.generate(vlm.batch, 4, 12, 1.0, vlm.seeds, others.where(begins, -1))
+    ids = led.ids.view(4, 4, 12)
+    told = begins & led.mask.view(4, 4, 12)
+    assert torch.equal(ids[told], others[told]) and not torch.equal(ids, mine)
+    logprobs, _ = vlm.model.score(vlm.batch, led.ids, led.mask, 4, vlm.banned)
+    close(led.logprobs[led.mask], logprobs[led.mask])
+    assert sampler.generate(vlm.batch, 4, 12, 1.0, vlm.seeds).rows() == free.rows()
 
 
 def test_the_end_mark_is_the_last_token_that_counts(vlm):

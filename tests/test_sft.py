@@ -250,17 +250,18 @@ def test_weights():
     mask = torch.ones(1, 4, dtype=torch.bool)
     for name, loss in published.items():
         expected, = torch.autograd.grad(loss.sum() / 4, logit, retain_graph=True)
-        ours = sft.imitation_loss(torch.sigmoid(logit).log()[None], entropy[None], mask, name) / 4
+        ours = sft.imitation_loss(torch.sigmoid(logit).log()[None], entropy[None], None, mask, name)
+        ours = ours / 4
         assert torch.allclose(torch.autograd.grad(ours, logit)[0], expected), name
     entropy = torch.arange(10.0)
-    assert sft.WEIGHTS["entropy"](entropy, entropy).tolist() == [0] * 8 + [1] * 2
-    assert sft.WEIGHTS["trsft"](torch.tensor([0.05, 0.2]), None).tolist() == [0.5, 1]
+    assert sft.WEIGHTS["entropy"](entropy, entropy, None).tolist() == [0] * 8 + [1] * 2
+    assert sft.WEIGHTS["trsft"](torch.tensor([0.05, 0.2])).tolist() == [0.5, 1]
 
 
 def test_loss_counts_tokens_only():
     logprob = torch.tensor([[-1.0, -2.0, 0.0], [-3.0, 0.0, 0.0]])
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    assert sft.imitation_loss(logprob, -logprob, mask, "nll").item() == 6.0
+    assert sft.imitation_loss(logprob, -logprob, None, mask, "nll").item() == 6.0
 
 
 def test_data_order():
@@ -380,6 +381,26 @@ def test_file_of_rollouts_as_traces(tmp_path, start):
         write_rows(path, rows[1:2])
         with pytest.raises(data.DataError, match="no right answer"):
             sft.training_examples(c)
+
+
+def test_weights_see_who_wrote_the_answers(tmp_path, start, monkeypatch):
+    """The log-probs of a file of rollouts, token for token in every pass; nan where there are none,
+    or where the file's text is made of other tokens than were sampled."""
+    run = run_of(start, tmp_path, micro_batch=2)
+    asked, seen = data.World("train"), []
+    answers = [asked[i].response for i in range(4)]
+    lengths = [len(run.processor.response_ids(answer)) for answer in answers]
+    rows = [dict(index=i, prompt=asked[i].question, response=answers[i], correct=True,
+                 logprobs=[-float(i + 1)] * lengths[i]) for i in range(4)]
+    rows[1]["logprobs"].pop()
+    del rows[2]["logprobs"]
+    write_rows(tmp_path / "rollouts.jsonl", rows)
+    examples = sft.read_traces(tmp_path / "rollouts.jsonl", asked)
+    monkeypatch.setitem(sft.WEIGHTS, "nll", lambda p, entropy, written: (
+        seen.extend(row.tolist() for row in written), torch.ones_like(p))[1])
+    sft.imitate(run, 0, *run.processor.prepare(examples, range(4)))
+    known = [[x for x in row if x == x] for row in seen]
+    assert known == [[-1.0] * lengths[0], [], [], [-4.0] * lengths[3]]
 
 
 def write_rows(path, rows):
