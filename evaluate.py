@@ -648,7 +648,7 @@ def way_to(cell, c, seed):
         options = options.replace(f"@{writer}", rollouts)
         way |= teachers_way | {rollouts: f"python evaluate.py --model {teacher} --split train "
                                f"--limit 2000 --temperature 1 --out {rollouts} --device {c.device}"}
-    model = f"{home}/{re.sub('[^a-z0-9]+', '-', cell)}"
+    model = f"{home}/{re.sub('[^a-z0-9+]+', '-', cell)}"
     command = f"python {script} --init {init} {evaluations} {options}".rstrip()
     return model, way | {model: f"{command} --out {model} {last}" + preset.get(name, "")}
 
@@ -699,7 +699,7 @@ def course(rows, parameters, spent):
             continue
         parts = [name for name in ("reward", "accuracy", "format") if since and name in since[0]]
         points.append(dict(spent, step=row["step"], held_out=row["val_accuracy"])
-                      | {name: mean(step[name] for step in since) for name in parts})
+                      | {name: mean(step[name] for step in since if name in step) for name in parts})
         since = []
     return points
 

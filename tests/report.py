@@ -205,13 +205,13 @@ def reward_table(results):
     return rows
 
 
-COLOURS = "#0b6e4f", "#c1440e", "#3b6fb6", "#8a5a00", "#7a3b9a"
+COLOURS = "#0b6e4f", "#c1440e", "#3b6fb6", "#8a5a00", "#7a3b9a", "#444", "#b3006b"
 
 
 def chart(title, axis, series, ticks):
     """An SVG of percentages. series {name: [(x, values, one a seed)]}: a dot for each, a line
     through their means with t intervals; ticks {x: text}. Empty without a point."""
-    left, right, legend = min(ticks), max(ticks), 50
+    left, right, legend = min(ticks), max(ticks), [50, 26]       # where its next name goes
     series = {name: points for name, points in series.items() if points}
 
     def at(x, y, shift=0):
@@ -219,23 +219,26 @@ def chart(title, axis, series, ticks):
 
     drawn = [f'<path d="M{at(left, y)}h390" stroke="#ddd"/>'
              f'<text x="15" y="{255 - 2 * y}">{y}</text>' for y in range(0, 101, 25)]
-    drawn += [f'<text x="{at(x, 0).split()[0]}" y="270" text-anchor="middle">{text}</text>'
-              for x, text in ticks.items()]
+    rows = 1 + (sum(len(str(text)) for text in ticks.values()) > 50)     # of their texts
+    drawn += [f'<text x="{at(x, 0).split()[0]}" y="{267 + 13 * (k % rows)}" '
+              f'text-anchor="middle">{text}</text>' for k, (x, text) in enumerate(ticks.items())]
     for k, ((name, points), colour) in enumerate(zip(series.items(), COLOURS)):
         line = "L".join(at(x, mean(values), 5 * k) for x, values in points)
         dots = "".join(f"M{at(x, y, 5 * k)}h0" for x, values in points for y in values)
         for x, values in points:
             _, low, high, _ = t_interval(values)
             line += f"M{at(x, low, 5 * k)}L{at(x, high, 5 * k)}" if len(values) > 1 else ""
+        if legend[0] + 7 * len(name) > 470:
+            legend = [50, legend[1] + 15]
         drawn.append(f'<g stroke="{colour}" fill="none"><path d="M{line}"/><path d="{dots}" '
                      'stroke-width="4" stroke-linecap="round"/></g>'
-                     f'<text x="{legend}" y="28" fill="{colour}">{name}</text>')
-        legend += 8 * len(name) + 16
+                     f'<text x="{legend[0]}" y="{legend[1]}" fill="{colour}">{name}</text>')
+        legend[0] += 8 * len(name) + 16
     return series and (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -10 470 310" width="470" '
         'font-family="sans-serif" font-size="13"><path fill="#fff" d="M0-10h470v310H0z"/>'
         f'<text x="50" y="8" font-weight="bold">{title}</text>'
-        f'<text x="235" y="292" text-anchor="middle">{axis}</text>{"".join(drawn)}</svg>') or ""
+        f'<text x="235" y="296" text-anchor="middle">{axis}</text>{"".join(drawn)}</svg>') or ""
 
 
 def along(cells, figure, axis):

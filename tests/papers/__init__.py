@@ -1,0 +1,98 @@
+"""The systems that this comparison stands among, each one short file with only what its paper
+changes; all else is imported.
+
+    python -m tests.papers                  every comparison that is not there yet, and one page
+    python -m tests.papers.trapo            that of one paper; options as of evaluate.py study
+    python -m tests.papers.trapo train ...  one training of it; options as of sft.py or grpo.py
+
+A paper is a Finding, as in evaluate.py: cells, and claims about them. Its trainings are names that
+cells may use; cells of the same name are those of the study, and are not made twice.
+"""
+import json
+import pathlib
+import shlex
+import sys
+from dataclasses import fields, replace
+
+import torch
+
+import evaluate
+from evaluate import StudyConfig, run_script
+from model import read_json, write_file
+from tests import report
+
+
+def register(name, every=10):
+    """Lets cells be trained by the `train` of a file here."""
+    evaluate.TRAININGS[name] = (f"-m tests.papers.{name} train", f"--eval-every {every}")
+
+
+def cells_of(finding):
+    """All of them, without doubles."""
+    return [*dict.fromkeys(sum(finding.cells().values(), []))]
+
+
+def compare(finding, c):
+    """Makes the cells of a finding that are not there yet, as `evaluate.py study` does."""
+    evaluate.PRESETS["paper-cells"] = evaluate.PRESETS["paper"] | dict(cells=cells_of(finding))
+    evaluate.study(replace(c, preset="paper-cells"))
+
+
+def measure(finding, c, **figures):
+    """Adds to the cells of a finding in results.json what is measured of their models. figures:
+    {name: function of its directory}; what is there already stays."""
+    path, names = pathlib.Path(c.out) / "results.json", cells_of(finding)
+    results = read_json(path)
+    for cell in results["cells"]:
+        if cell["cell"] in names and cell["seed"] - c.first_seed in range(c.seeds):
+            model, _ = evaluate.way_to(cell["cell"], c, cell["seed"])
+            for name in figures.keys() - cell.keys():
+                value = figures[name](pathlib.Path(model))
+                cell[name] = value if value is None else round(value, 4)
+    write_file(path, json.dumps(results))
+
+
+def measured(finding, results, figures):
+    """A table of what was measured beside accuracy, means over seeds."""
+    cells, rows = evaluate.grouped(results["cells"], "cell"), [["model", *figures]]
+    for name in cells_of(finding):
+        values = [[cell[figure] for cell in cells.get(name, []) if cell.get(figure) is not None]
+                  for figure in figures]
+        rows.append([name, *(f"{evaluate.mean(some):.3f}" if some else "" for some in values)])
+    return rows
+
+
+def run_paper(finding, train, Config, doc, **figures):
+    """The command line of a paper's file."""
+    def comparison(c):
+        compare(finding, c)
+        measure(finding, c, **figures)
+        results = read_json(pathlib.Path(c.out) / "results.json")
+        print(evaluate.text_table(report.verdict_table(results, {"": finding})))
+        if figures:
+            print(evaluate.text_table(measured(finding, results, figures)))
+
+    if sys.argv[1:2] == ["train"]:
+        run_script(train, Config, doc, sys.argv[2:])
+    else:
+        run_script(comparison, StudyConfig, doc)
+
+
+def options_of(c, Config, *but):
+    """The options that a Config knows and that are not its defaults, as words of a command."""
+    names = [f.name for f in fields(Config) if getattr(c, f.name) not in (f.default, False)]
+    return "".join(f" --{name.replace('_', '-')} {shlex.quote(str(getattr(c, name)))}"
+                   for name in names if name not in ("init", "out", "resume", *but))
+
+
+def begin_with(run, examples, shares):
+    """What rollouts are given of somebody's answers: of each its first tokens, `shares` (B, G) of
+    them. -> (B, G, N), -1 where the model goes on"""
+    B, G = shares.shape
+    given = torch.full((B, G, run.config.max_new_tokens), -1)
+    for b, example in enumerate(examples):
+        ids = torch.tensor(run.processor.response_ids(example.response))[:given.shape[2]]
+        for g in range(G):
+            count = round(shares[b, g].item() * len(ids))
+            given[b, g, :count] = ids[:count]
+    return given

@@ -1,0 +1,87 @@
+"""RL heals what SFT forgot out of distribution (arXiv 2509.12235).
+
+Its sentence: ood accuracy peaks early in SFT and then falls, and RL brings it back; in SFT singular
+values stay and singular vectors turn, and putting back an early model's vectors restores ood.
+
+    angles between W and W':  arccos of the singular values of U' U and of V' V (transposed once)
+    restored:                 W with its k first singular vectors replaced by W's of the early model
+
+SFT of 1, 3, 6 and 12 epochs; restored is the longest, by the vectors of the shortest.
+"""
+import torch
+
+import data
+from evaluate import Finding, evaluate, summary
+from kernels import Sampler
+from model import load_checkpoint
+from tests.papers import run_paper
+
+EPOCHS, SHARE = (1, 3, 6, 12), 0.25
+
+
+def matrices(model):
+    """{name: weight} of the layers' matrices."""
+    return {name: p for name, p in model.named_parameters() if p.ndim == 2 and "layers." in name}
+
+
+def angles(one, other):
+    """Principal angles in degrees between the singular vectors of two matrices, left and right,
+    those of the larger half of the singular values."""
+    (U, _, Vt), (A, _, Bt) = torch.linalg.svd(one), torch.linalg.svd(other)
+    k = min(one.shape) // 2
+    cosines = [torch.linalg.svdvals(A[:, :k].T @ U[:, :k]), torch.linalg.svdvals(Bt[:k] @ Vt[:k].T)]
+    return torch.cat(cosines).clamp(-1, 1).arccos().rad2deg()
+
+
+def restored(late, early, k):
+    """late, with its first k singular vectors replaced by those of early, sign by sign."""
+    (U, S, Vt), (A, _, Bt) = (torch.linalg.svd(one, full_matrices=False) for one in (late, early))
+    U[:, :k], Vt[:k] = A[:, :k], Bt[:k]
+    return U * S @ Vt
+
+
+def base_of(directory):
+    """The model that all of this seed's trainings here began with."""
+    return load_checkpoint(directory.parent / "base")[0]
+
+
+@torch.no_grad()
+def turned(directory):
+    """Mean angle by which a training has turned singular vectors."""
+    ours, base = (matrices(m) for m in (load_checkpoint(directory)[0], base_of(directory)))
+    return torch.cat([angles(base[name], p) for name, p in ours.items()]).mean().item()
+
+
+@torch.no_grad()
+def stretched(directory):
+    """Mean share by which it has changed singular values."""
+    ours, base = (matrices(m) for m in (load_checkpoint(directory)[0], base_of(directory)))
+    pairs = [(torch.linalg.svdvals(base[name]), torch.linalg.svdvals(p)) for name, p in ours.items()]
+    return torch.cat([(new - old).abs() / old.mean() for old, new in pairs]).mean().item()
+
+
+@torch.no_grad()
+def restored_ood(directory, count=600):
+    """Accuracy on ood with the early model's first singular vectors put back."""
+    model, processor = load_checkpoint(directory)
+    early = matrices(load_checkpoint(directory.parent / "strong-sft-epochs-1")[0])
+    for name, p in matrices(model).items():
+        p.copy_(restored(p, early[name], round(SHARE * min(p.shape))))
+    sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop)
+    return summary(evaluate(sampler, processor, data.World("ood", size=count)))["accuracy"]
+
+
+FINDING = Finding(
+    "Does RL heal what SFT forgets out of distribution?", "epochs of SFT (strong base)", EPOCHS,
+    ("test", "ood"),
+    {"SFT": "strong/sft --epochs {}", "SFT → GRPO": "strong/sft --epochs {}/grpo"},
+    {"SFT of 1 epoch leads 12 on ood":
+        lambda a: a("strong/sft --epochs 1", "ood") - a("strong/sft --epochs 12", "ood"),
+     "GRPO after 12 epochs gains on ood": lambda a:
+        a("strong/sft --epochs 12/grpo", "ood") - a("strong/sft --epochs 12", "ood"),
+     "the early model's vectors restore ood": lambda a:
+        a("strong/sft --epochs 12", "restored_ood") - a("strong/sft --epochs 12", "ood")})
+MEASURES = dict(turned=turned, stretched=stretched, restored_ood=restored_ood)
+
+if __name__ == "__main__":
+    run_paper(FINDING, None, None, __doc__, **MEASURES)

@@ -1,0 +1,101 @@
+"""MIFO (arXiv 2510.04454): RL whose failures become SFT's lessons, without undoing what RL did.
+
+Its sentence: SFT on a buffer of RL's failures, of the tokens of the highest entropy alone and with
+the parameters frozen that RL moved most, beats interleaving all of SFT with RL.
+
+    C_i = alpha C_{i-1} + |theta after RL's phase - theta before|; frozen: the largest share of C
+
+Questions of which a group solves less than the threshold go into the buffer with their trace, once
+each phase. Interval, share, alpha, threshold were not published: 5 steps a phase, 0.1, 0.5, 0.25.
+A resumed run begins with an empty buffer.
+"""
+from dataclasses import dataclass
+
+import torch
+
+import grpo
+import sft
+from evaluate import Finding, option
+from tests.papers import register, run_paper
+
+PHASE, FROZEN, ALPHA, THRESHOLD = 5, 0.1, 0.5, 0.25
+register("mifo")
+
+
+@dataclass
+class Config(grpo.Config):
+    """Options of grpo.py, and two more."""
+    weight: str = option("entropy", "token weight of SFT's phases", tuple(sft.WEIGHTS))
+    frozen: float = option(FROZEN, "share of the parameters that SFT leaves as they are", most=1)
+
+
+class Mifo:
+    """A step, and what it remembers of those before: phases of RL and of SFT in turn."""
+    def __init__(self):
+        self.buffer, self.moved, self.start = {}, {}, {}
+
+    def rollout(self, run, step, examples, prompts):
+        """grpo.rollout that puts what was not solved into the buffer."""
+        rights = []
+
+        def recorded(*answer):
+            parts = grpo.reward(*answer)
+            rights.append(parts.get("accuracy", 0.0))
+            return parts
+
+        found = grpo.rollout(run, step, examples, prompts, reward=recorded)
+        shares = torch.tensor(rights).view(len(examples), -1).mean(1)
+        self.buffer |= {one.id: one for one, share in zip(examples, shares) if share < THRESHOLD}
+        return found
+
+    def remember(self, run):
+        """At the end of a phase of RL: how far it has moved each entry."""
+        for name, p in run.trained.items():
+            way = (p.detach() - self.start[name]).abs()
+            self.moved[name] = ALPHA * self.moved.get(name, 0) + way
+
+    def frozen(self, share):
+        """{name: which entries} of the share that RL moved most."""
+        if not (share and self.moved):
+            return {}
+        everything = torch.cat([moved.flatten() for moved in self.moved.values()])
+        count = max(1, round(share * len(everything)))
+        least = everything.kthvalue(len(everything) - count + 1).values
+        return {name: moved >= least for name, moved in self.moved.items()}
+
+    def __call__(self, run, step, examples, prompts, responses):
+        (phase, place), B = divmod(step, PHASE), len(examples)
+        before = {name: p.detach().clone() for name, p in run.trained.items()}
+        if place == 0 or not self.start:
+            self.start = before
+        if phase % 2 == 0 or not self.buffer:        # without a failure there is no lesson
+            metrics = grpo.explore(run, step, examples, prompts, responses, self.rollout)
+            if place == PHASE - 1:
+                self.remember(run)
+            return metrics
+        failed = [*self.buffer.values()]
+        lessons = failed[place * B:][:B] or failed[:B]
+        metrics = sft.imitate(run, step, *run.processor.prepare(lessons, range(len(lessons))))
+        with torch.no_grad():        # put back: both optimizers move what has no gradient
+            for name, entries in self.frozen(run.config.frozen).items():
+                run.trained[name][entries] = before[name][entries]
+        if place == PHASE - 1:
+            self.buffer = {}
+        return metrics
+
+
+def train(c):
+    grpo.main(c, Mifo())
+
+
+FINDING = Finding(
+    "MIFO: does RL lose less where SFT learns its failures alone?", "base",
+    ("weak", "strong"), ("test", "ood"),
+    {"SFT → GRPO": "{}/sft/grpo", "interleaved": "{}/synergy --mode interleaved",
+     "MIFO": "{}/mifo", "nothing frozen": "{}/mifo --frozen 0"},
+    {"MIFO leads interleaving (weak base)":
+        lambda a: a("weak/mifo") - a("weak/synergy --mode interleaved"),
+     "MIFO leads SFT → GRPO (weak base)": lambda a: a("weak/mifo") - a("weak/sft/grpo")})
+
+if __name__ == "__main__":
+    run_paper(FINDING, train, Config, __doc__)

@@ -1,0 +1,78 @@
+"""OpenVLThinker (arXiv 2503.17352): rounds of SFT on what the last RL model says, then RL.
+
+Its sentence: each round, SFT from the base on the last GRPO model's answers and GRPO after that,
+gains; filtering the answers mattered most.
+
+    round k: answers of the last GRPO model to the training questions; of the right ones those that
+    are short and without filler -> SFT from the base -> GRPO
+
+Round 0 is GRPO from the base. Short, here: no longer than the median right answer; filler: a step
+that claims nothing (data.FILLERS). How many answers a question gets was not found: one.
+"""
+import json
+import pathlib
+from dataclasses import dataclass
+from statistics import median
+
+import data
+import grpo
+from evaluate import Finding, option, run_command
+from model import write_file
+from sft import RunConfig
+from tests.papers import options_of, register, run_paper
+
+register("openvlthinker")
+
+
+@dataclass
+class Config(grpo.Config):
+    """Options of grpo.py, and two more."""
+    rounds: int = option(2, "of SFT and GRPO, after the first GRPO", least=1)
+    unfiltered: bool = option(False, "learn every right answer")
+
+
+def filtered(rows):
+    """The right ones without filler, no longer than the median of the right ones."""
+    right = [row for row in rows if row["correct"]]
+    longest = median(len(row["response_ids"]) for row in right)
+    return [row for row in right if len(row["response_ids"]) <= longest
+            and not any(filler in row["response"] for filler in data.FILLERS)]
+
+
+def train(c):
+    """The commands of all rounds; the last GRPO is this run itself."""
+    rl, imitation = options_of(c, grpo.Config), options_of(c, RunConfig, "steps", "lr", "eval_every")
+    policy = f"{c.out}/grpo-0"
+    run_command(f"python grpo.py --init {c.init} --out {policy} --resume{rl}")
+    for k in range(1, c.rounds + 1):
+        file, start = f"{c.out}/answers-{k}.jsonl", f"{c.out}/sft-{k}"
+        if not pathlib.Path(file).exists():
+            answers = f"{c.out}/all-{k}.jsonl"
+            run_command(f"python evaluate.py --model {policy} --split train --limit {c.examples} "
+                        f"--temperature 1 --out {answers} --device {c.device}")
+            rows = data.read_jsonl(answers)
+            rows = rows if c.unfiltered else filtered(rows)
+            write_file(file, "".join(json.dumps(row) + "\n" for row in rows))
+        run_command(f"python sft.py --init {c.init} --traces {file} --out {start} --resume"
+                    f"{imitation}")
+        policy = f"{c.out}/grpo-{k}"
+        if k < c.rounds:
+            run_command(f"python grpo.py --init {start} --out {policy} --resume{rl}")
+    c.init = start
+    grpo.main(c)
+
+
+FINDING = Finding(
+    "OpenVLThinker: does another round of SFT and GRPO gain, and does filtering?", "base",
+    ("weak", "strong"), ("test", "ood"),
+    {"GRPO": "{}/grpo", "one round": "{}/openvlthinker --rounds 1", "two": "{}/openvlthinker",
+     "two, unfiltered": "{}/openvlthinker --unfiltered", "SFT → GRPO": "{}/sft/grpo"},
+    {"a round leads GRPO (weak base)":
+        lambda a: a("weak/openvlthinker --rounds 1") - a("weak/grpo"),
+     "the second leads the first (weak base)":
+        lambda a: a("weak/openvlthinker") - a("weak/openvlthinker --rounds 1"),
+     "filtering leads none (weak base)":
+        lambda a: a("weak/openvlthinker") - a("weak/openvlthinker --unfiltered")})
+
+if __name__ == "__main__":
+    run_paper(FINDING, train, Config, __doc__)

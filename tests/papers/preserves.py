@@ -1,0 +1,55 @@
+"""Why RL preserves what was known (arXiv 2506.23508): it is the data, not the algorithm.
+
+Its sentence: SFT on answers that RL collected forgets less than SFT on labels or foreign traces;
+the likelier the traces are to the base, the less it forgets.
+
+Here: SFT from one base on labels alone, on the world's short and verbose traces, on the base's own
+right answers, and on those of its GRPO model; forgotten is what was known in words (`text`, never
+trained on), and captions, a task of the base: the log-prob per token of true ones.
+"""
+import torch
+
+import data
+from evaluate import Finding, spearman
+from kernels import length_mask
+from model import load_checkpoint
+from tests.papers import run_paper
+
+WAYS = {"labels": "{}/sft --traces answer", "short": "{}/sft", "verbose": "{}/sft --traces verbose",
+        "its own": "{0}/sft --traces @{0}", "its GRPO's": "{0}/sft --traces @{0}+grpo"}
+
+
+def likely(a, base, figure):
+    """100 times Spearman's rho of how likely the traces were to the base, and `figure` after SFT."""
+    cells = [cell.format(base) for cell in WAYS.values()]
+    return 100 * spearman([a(cell, "trace_logprob") for cell in cells],
+                          [a(cell, figure) for cell in cells])
+
+
+@torch.no_grad()
+def caption_logprob(directory, count=100):
+    """Mean log-prob per token of true captions, which the base was trained on."""
+    model, processor = load_checkpoint(directory)
+    captions = [one for one in map(data.base_example, range(10_000_000, 10_000_000 + 10 * count))
+                if one.question == f"{data.IMAGE}Describe the table."][:count]
+    ids, lengths = data.pad_rows([processor.response_ids(one.response) for one in captions],
+                                 processor.pad)
+    mask = length_mask(lengths)
+    logprob, _ = model.score(processor.batch(captions), ids, mask)
+    return logprob.sum().item() / mask.sum().item()
+
+
+FINDING = Finding(
+    "Does imitation forget less, the likelier its traces were?", "base", ("middle", "strong"),
+    ("text", "ood"), {"base": "{}", **WAYS},
+    {"the likelier, the better in words (strong base, 100 ρ)":
+         lambda a: likely(a, "strong", "text"),
+     "the likelier, the better captions (strong base, 100 ρ)":
+         lambda a: likely(a, "strong", "captions"),
+     "answers of its GRPO model forget less than labels (strong base, in words)":
+         lambda a: a("strong/sft --traces @strong+grpo", "text")
+         - a("strong/sft --traces answer", "text")})
+MEASURES = dict(captions=caption_logprob)
+
+if __name__ == "__main__":
+    run_paper(FINDING, None, None, __doc__, **MEASURES)

@@ -1,0 +1,115 @@
+"""The synergy dilemma (arXiv 2507.07562): ways to have SFT and RL in one training.
+
+Its sentence: interleaved, progressive and mixed trainings, and merged models, do not add up: each
+lies between SFT and RL, or behind SFT then RL.
+
+    interleaved   a step of SFT, a step of RL, in turn
+    progressive   rollouts begin with a share 1 - step / steps of the trace
+    mixed         one rollout of each group is the trace, with weight 1 on its tokens, as in SFT
+    merged        theta = (1 - lambda) theta_SFT + lambda theta_RL, both from one base
+
+Buckets of difficulty L1 to L5: questions that the base solves in at least 12, 8, 5, 2 of 16 tries,
+or seldomer. Rates of the two kinds of steps, and lambda, were not found: GRPO's rate; one half.
+"""
+import functools
+import pathlib
+from dataclasses import dataclass
+
+import torch
+
+import data
+import grpo
+import sft
+from evaluate import Finding, evaluate, marks, mean, option, run_command
+from kernels import Sampler
+from model import load_checkpoint, save_checkpoint, write_file
+from tests.papers import begin_with, options_of, register, run_paper
+
+LEVELS = dict(L1=12, L2=8, L3=5, L4=2, L5=0)
+register("synergy")
+
+
+@dataclass
+class Config(grpo.Config):
+    """Options of grpo.py, and three more."""
+    mode: str = option("interleaved", "how", ("interleaved", "progressive", "mixed", "merged"))
+    weight: str = option("nll", "token weight of SFT's steps", tuple(sft.WEIGHTS))
+    merge: float = option(0.5, "lambda of --mode merged", most=1)
+
+
+def guided(run, step, examples, prompts):
+    """grpo.rollout that begins with what --mode says."""
+    c, shares = run.config, torch.zeros(len(examples), run.config.group)
+    if c.mode == "progressive":
+        shares[:] = 1 - step / c.steps
+    else:
+        shares[:, -1] = 1
+    given = begin_with(run, examples, shares).to(c.device)
+    rollouts, mask, advantage, metrics = grpo.rollout(run, step, examples, prompts, given)
+    weight = float(c.mode == "mixed") * torch.ones_like(rollouts.logprobs)     # (R, N)
+    return rollouts, mask, weight.where((given >= 0).flatten(0, 1), advantage), metrics
+
+
+def one_step(run, step, *batch):
+    if run.config.mode != "interleaved":
+        return grpo.explore(run, step, *batch, rollout=guided)
+    return sft.imitate(run, step, *batch) if step % 2 else grpo.explore(run, step, *batch)
+
+
+def merged(one, other, share):
+    """Into the first of two models, in place: (1 - share) of itself, and a share of the other."""
+    with torch.no_grad():
+        for p, q in zip(one.parameters(), other.parameters()):
+            p.lerp_(q, share)
+
+
+def train(c):
+    if c.mode != "merged":
+        return grpo.main(c, one_step)
+    shared = options_of(c, sft.RunConfig, "steps", "lr")
+    run_command(f"python sft.py --init {c.init} --out {c.out}/sft --resume{shared}")
+    run_command(f"python grpo.py --init {c.init} --out {c.out}/grpo --resume"
+                + options_of(c, grpo.Config))
+    model, processor = load_checkpoint(f"{c.out}/sft")
+    merged(model, load_checkpoint(f"{c.out}/grpo")[0], c.merge)
+    save_checkpoint(model, processor, c.out)
+    for name in ("metrics.jsonl", "run.json"):
+        write_file(f"{c.out}/{name}", pathlib.Path(c.out, "grpo", name).read_text())
+
+
+def level(rights):
+    """The bucket of a question, by how many of 16 tries were right."""
+    return next(name for name, least in LEVELS.items() if sum(rights) >= least)
+
+
+@functools.cache
+def levels_of(directory, count=300):
+    """-> the bucket of each of the first questions of the test, by a base's tries."""
+    model, processor = load_checkpoint(directory)
+    sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop)
+    tries = evaluate(sampler, processor, data.World("test", size=count), "test", 16, 1.0)
+    return [level(rights) for rights in marks(tries)]
+
+
+def at_level(directory, name):
+    """Accuracy in a bucket; None where it is empty."""
+    base = directory.parent / "base" / ("step-800" if directory.name.startswith("weak") else "")
+    levels = levels_of(base)
+    rights = [row["correct"] for row in data.read_jsonl(directory / "answers.jsonl")
+              if row["split"] == "test" and levels[row["index"]:][:1] == [name]]
+    return mean(rights) if rights else None
+
+
+MODES = {mode: f"{{}}/synergy --mode {mode}" for mode in ("interleaved", "progressive", "mixed",
+                                                          "merged")}
+FINDING = Finding(
+    "Synergy: does any way to mix SFT and RL beat one after the other?", "base",
+    ("weak", "strong"), ("test", "ood"),
+    {"SFT": "{}/sft", "GRPO": "{}/grpo", "SFT → GRPO": "{}/sft/grpo", **MODES},
+    {f"{mode}: behind SFT → GRPO (weak base)":
+        lambda a, cell=cell.format("weak"): a("weak/sft/grpo") - a(cell)
+     for mode, cell in MODES.items()})
+MEASURES = {name: functools.partial(at_level, name=name) for name in LEVELS}
+
+if __name__ == "__main__":
+    run_paper(FINDING, train, Config, __doc__, **MEASURES)

@@ -1,0 +1,83 @@
+"""TRAPO (arXiv 2512.17636): reinforcement learning whose rollouts begin with an expert's tokens.
+
+Its sentence: trust-region SFT on those prefixes and RL on what follows beats GRPO, SFT and SFT then
+GRPO; with plain NLL on the prefixes training collapsed.
+
+    TrSFT   -p_t / sg(max(p_t, alpha)), alpha = 0.1: equals NLL where p_t >= alpha
+    RL      A_i = r_i - mean of its group; no KL, groups of equal reward dropped
+
+Of 8 rollouts {4, 2, 1, 1} begin with {0, 0.2, 0.5, 1} of the trace; the next micro-group does so
+while the mean reward of a question's rollouts before it is under {0.5, 0.7, 0.9}, else it is free.
+TrSFT's tokens are tokens of the one sum of weight * grad log p: their weight stands where others
+have an advantage. Not published: whether prefixes of dropped groups count. Here they do not.
+"""
+from dataclasses import dataclass
+
+import torch
+
+import grpo
+from data import DataError
+from evaluate import Finding, option
+from tests.papers import begin_with, register, run_paper
+
+SIZES, SHARES, BARS = (4, 2, 1, 1), (0.0, 0.2, 0.5, 1.0), (2.0, 0.5, 0.7, 0.9)
+ALPHA = 0.1
+register("trapo")
+
+
+@dataclass
+class Config(grpo.Config):
+    """Options of grpo.py, and one more."""
+    prefix_loss: str = option("trsft", "on given tokens", ("trsft", "nll"))
+    algorithm: str = option("dr_grpo", "preset of advantage to tis", tuple(grpo.ALGORITHMS))
+    filter: str = option("drop", "groups of equal reward", ("keep", "drop"))
+    aggregation: str = option("token", "what is averaged over", ("sequence", "token", "constant"))
+
+
+def rollout(run, step, examples, prompts):
+    """grpo.rollout, once for each micro-group: only then is it known what the next one begins with.
+    Noise depends on question and member alone, so earlier members say the same again."""
+    shares, start, rewarded = torch.zeros(len(examples), sum(SIZES)), 0, []
+    for size, share, bar in zip(SIZES, SHARES, BARS):
+        if start:
+            rights = torch.tensor(rewarded).view(shares.shape)[:, :start]
+            shares[rights.mean(1) < bar, start:start + size] = share
+        rewarded, given = [], begin_with(run, examples, shares).to(run.config.device)
+
+        def recorded(*answer):
+            parts = grpo.reward(*answer)
+            rewarded.append(parts.get("accuracy", 0.0))
+            return parts
+
+        rollouts, mask, advantage, metrics = grpo.rollout(run, step, examples, prompts, given,
+                                                          recorded)
+        start += size
+    told = (given >= 0).flatten(0, 1)                                          # (R, N)
+    p = rollouts.logprobs.exp()
+    weight = p / p.clamp(min=ALPHA) if run.config.prefix_loss == "trsft" else torch.ones_like(p)
+    return rollouts, mask, weight.where(told, advantage), metrics | dict(
+        given=told.sum().item() / metrics["tokens"])
+
+
+def train(c):
+    if c.group != sum(SIZES):
+        raise DataError(f"--group {c.group}: expected {sum(SIZES)}, of micro-groups {SIZES}")
+
+    def one_step(*batch):
+        return grpo.explore(*batch, rollout=rollout)
+
+    grpo.main(c, one_step)
+
+
+FINDING = Finding(
+    "TRAPO: do rollouts that begin with an expert's tokens beat SFT, then GRPO?", "base",
+    ("weak", "strong"), ("test", "ood"),
+    {"SFT": "{}/sft", "GRPO": "{}/grpo", "SFT → GRPO": "{}/sft/grpo", "TRAPO": "{}/trapo",
+     "NLL on prefixes": "{}/trapo --prefix-loss nll"},
+    {"TRAPO leads GRPO (weak base)": lambda a: a("weak/trapo") - a("weak/grpo"),
+     "TRAPO leads SFT → GRPO (weak base)": lambda a: a("weak/trapo") - a("weak/sft/grpo"),
+     "with NLL on prefixes it is worse (weak base)":
+         lambda a: a("weak/trapo") - a("weak/trapo --prefix-loss nll")})
+
+if __name__ == "__main__":
+    run_paper(FINDING, train, Config, __doc__)

@@ -1,0 +1,78 @@
+"""VLAA-Thinking (arXiv 2504.11468): a reward by the type of an answer.
+
+Its sentence: on mixed questions a reward that knows types (numbers by value, the letter of a
+choice, boxes by overlap, words) teaches more than one that compares texts.
+
+    typed   evaluate.py's grader, as everywhere here
+    exact   1 where the text of the answer is that of the gold answer
+
+The file: the tabletop's questions, of which every other one with a number gives four choices, so
+that its gold answer is a letter. Weights of the paper's mixed reward were not found: 1 and 0.1.
+"""
+import base64
+import dataclasses
+import functools
+import io
+import json
+import pathlib
+import random
+from dataclasses import dataclass
+
+import data
+import grpo
+from evaluate import Finding, option
+from model import write_file
+from tests.papers import register, run_paper
+
+register("vlaa")
+
+
+@dataclass
+class Config(grpo.Config):
+    """Options of grpo.py, and one more."""
+    typed: str = option("typed", "reward", ("typed", "exact"))
+
+
+def mixed_row(index):
+    """A row of the file: a question with a number, a word, a letter or a box as its answer."""
+    example, rng = data.world_example("train", index), random.Random(f"choices/{index}")
+    picture = io.BytesIO()
+    example.images[0].save(picture, "PNG")
+    row = dict(id=example.id, question=example.question, answer=example.answer,
+               images=[dict(bytes=base64.b64encode(picture.getvalue()).decode())])
+    if example.family == "location":
+        row["answer"] = json.loads(example.answer)
+    elif example.answer.isdecimal() and index // len(data.FAMILIES) % 2:
+        others = rng.sample([n for n in range(10) if str(n) != example.answer], 3)
+        row["choices"] = sorted([int(example.answer), *others])
+        row["answer"] = "ABCD"[row["choices"].index(int(example.answer))]
+    return row
+
+
+def reward(response, length, example, answer_format, c):
+    """grpo.reward of `exact` texts."""
+    parts = grpo.reward(response, length, example, answer_format, c)
+    said = data.extract_answer(response) == example.answer
+    parts["reward"] += said - parts["accuracy"]
+    return dict(parts, accuracy=float(said))
+
+
+def train(c):
+    path = pathlib.Path(f"{c.out}.jsonl")
+    if not path.exists():
+        write_file(path, "".join(json.dumps(mixed_row(i)) + "\n" for i in range(c.examples)))
+    rewarded = reward if c.typed == "exact" else grpo.reward
+    rollout = functools.partial(grpo.rollout, reward=rewarded)
+    grpo.main(dataclasses.replace(c, data=str(path)),
+              functools.partial(grpo.explore, rollout=rollout))
+
+
+FINDING = Finding(
+    "VLAA-Thinking: does a reward that knows the types of answers teach more?", "base",
+    ("weak", "strong"), ("test", "ood"),
+    {"typed": "{}/vlaa", "exact": "{}/vlaa --typed exact", "GRPO without choices": "{}/grpo"},
+    {"typed leads exact (strong base)":
+        lambda a: a("strong/vlaa") - a("strong/vlaa --typed exact")})
+
+if __name__ == "__main__":
+    run_paper(FINDING, train, Config, __doc__)
