@@ -95,7 +95,7 @@ def imitate(run, step, examples, prompts, responses):
     tokens = sum(map(len, responses))
     sums = torch.zeros(2, device=c.device)       # of loss and entropy: a GPU is not waited for
     written = [one.logprobs if len(one.logprobs) == len(ids) else [math.nan] * len(ids)
-               for one, ids in zip(examples, responses)]
+               for one, ids in zip(examples, responses)]         # by whom, see imitation_loss
     run.zero_grad()
     for start, stop in own_pieces(0, len(examples), c.micro_batch):
         ids, lengths = data.pad_rows(responses[start:stop], run.processor.pad)

@@ -1,10 +1,10 @@
 """python -m tests.mutants: breaks one line at a time, and prints which test notices.
 
-A test that cannot fail is worse than none. Each fault is a line of the six modules, or of
-report.py, and a wrong one in its place; it is put into a copy of the repository, and the tests of
-that file run there until one fails. All of them take about half an hour on two cores; `--only WORD`
-takes those whose file or description has the word. tests/test_mutants.py runs those of `rollout`
-and `explore`.
+A test that cannot fail is worse than none. Each fault is a line of the six modules, of report.py
+or of a paper, and a wrong one in its place; it is put into a copy of the repository, and the tests
+of that file run there until one fails. All of them take about half an hour on two cores; `--only
+WORD` takes those whose file or description has the word. tests/test_mutants.py runs those of
+`rollout` and `explore`.
 """
 import argparse
 import os
@@ -31,6 +31,7 @@ class Fault(NamedTuple):
 
 STEP = "tests/test_grpo.py -k 'textbook or noise or seeds or masked or dropped or kl or trained'"
 LOOP = "tests/test_sft.py -k 'textbook or rate or lr or clip or validation or heart or order'"
+PAPERS = "tests/test_papers.py -k {}"
 GIVEN = "tests/test_kernels.py -k given"
 MUON = "tests/test_sft.py -k 'muon or orthogonal'"
 SAMPLER = "tests/test_kernels.py"
@@ -125,9 +126,9 @@ FAULTS = [
           "dict(reward=math.nan)", "dict(reward=0.0)"),
     # imitation, and what every run needs
     Fault("sft.py", "loss per example",
-          "/ tokens       # of the whole step", "/ len(examples)", LOOP),
+          "loss / tokens         # of", "loss / len(examples)         # of", LOOP),
     Fault("sft.py", "loss per pass",
-          "mask, c.weight) / tokens", "mask, c.weight) / mask.sum()", LOOP),
+          "loss / tokens         # of", "loss / mask.sum()         # of", LOOP),
     Fault("sft.py", "unlearns",
           "return -(w * logprob)", "return (w * logprob)", LOOP),
     Fault("sft.py", "DFT: gradient through its weight",
@@ -165,8 +166,10 @@ FAULTS = [
     Fault("sft.py", "one order in every epoch",
           "seed * 1_000_003 + epoch", "seed * 1_000_003", LOOP),
     Fault("sft.py", "traces that are wrong are kept",
-          'response=response) if row["correct"] else None',
-          "response=response)", 'tests/test_sft.py -k rollouts'),
+          '**written) if row["correct"] else None', "**written)", "tests/test_sft.py -k rollouts"),
+    Fault("sft.py", "log-probs of another answer",
+          "zip(examples, responses)]         # by", "zip(examples[1:] + examples[:1], responses)]  # by",
+          "tests/test_sft.py -k wrote"),
     Fault("sft.py", "traces of other questions",
           'if example.question != row["prompt"]:', "if False:", "tests/test_sft.py -k traces"),
     Fault("sft.py", "an epoch drops its last part",
@@ -421,6 +424,56 @@ FAULTS = [
           "self.counts[:start].sum(0)", "self.counts[:0].sum(0)"),
     Fault("data.py", "positions after a picture do not jump",
           "positions[stop:] += max(rows, columns) - rows * columns", "positions[stop:] += 0"),
+    Fault("tests/papers/pear.py", "a token is its own future",
+          "after = d.flip(1).cumsum(1).flip(1) - d", "after = d.flip(1).cumsum(1).flip(1)",
+          PAPERS.format("pear")),
+    Fault("tests/papers/pear.py", "ratios clipped evenly",
+          "clamp(-0.08, 0.3)", "clamp(-0.3, 0.3)", PAPERS.format("pear")),
+    Fault("tests/papers/trapo.py", "help for what is solved",
+          "rights.mean(1) < bar", "rights.mean(1) > bar", PAPERS.format("trapo")),
+    Fault("tests/papers/trapo.py", "a policy gradient on given tokens",
+          "weight.where(told, advantage)", "advantage.where(told, weight)",
+          PAPERS.format("trapo")),
+    Fault("tests/papers/synergy.py", "the prefix grows",
+          "1 - step / c.steps", "step / c.steps", PAPERS.format("given")),
+    Fault("tests/papers/synergy.py", "the shares of a merge change places",
+          "p.lerp_(q, share)", "p.lerp_(q, 1 - share)", PAPERS.format("merging")),
+    Fault("tests/papers/synergy.py", "a bucket begins one later",
+          "sum(rights) >= least", "sum(rights) > least - (least == 0)", PAPERS.format("levels")),
+    Fault("tests/papers/mifo.py", "what RL moved least is frozen",
+          "moved >= least", "moved <= least", PAPERS.format("mifo")),
+    Fault("tests/papers/mifo.py", "lessons in what is solved",
+          "if share < THRESHOLD", "if share > THRESHOLD", PAPERS.format("mifo")),
+    Fault("tests/papers/mifo.py", "lessons twice",
+          "            self.buffer = {}\n", "            self.buffer = dict(self.buffer)\n",
+          PAPERS.format("mifo")),
+    Fault("tests/papers/heals.py", "only one side is restored",
+          "U[:, :k], Vt[:k] = A[:, :k], Bt[:k]", "U[:, :k] = A[:, :k]", PAPERS.format("restored")),
+    Fault("tests/papers/heals.py", "angles of all vectors",
+          "k = min(one.shape) // 2", "k = min(one.shape)", PAPERS.format("angles")),
+    Fault("tests/papers/acereason.py", "away from the target",
+          "(c.target_entropy - metrics", "(-c.target_entropy + metrics",
+          PAPERS.format("temperature")),
+    Fault("tests/papers/acereason.py", "a resumed run begins anew",
+          "return known[-1] if known", "return known[0] if known", PAPERS.format("temperature")),
+    Fault("tests/papers/umr.py", "the last one fits",
+          "label[:, 0] = 1", "label[:, -1] = 1", PAPERS.format("judge")),
+    Fault("tests/papers/umr.py", "the direction of the other",
+          "way = z_yes - z_no if", "way = z_yes if", PAPERS.format("judge")),
+    Fault("tests/papers/umr.py", "two things in one place",
+          "if scene != things and len(", "if scene != things or len(",
+          PAPERS.format("description")),
+    Fault("tests/papers/openvlthinker.py", "always the first policy's answers",
+          'policy = f"{c.out}/grpo-{k}"', 'policy = f"{c.out}/grpo-0"', PAPERS.format("rounds")),
+    Fault("tests/papers/openvlthinker.py", "only answers with filler",
+          "and not any(filler in", "and any(filler in", PAPERS.format("filtered")),
+    Fault("tests/papers/vlaa.py", "an exact answer counts twice",
+          'said - parts["accuracy"]', "said", PAPERS.format("exact")),
+    Fault("tests/papers/vlaa.py", "the letter of another choice",
+          ".index(int(example.answer))]", ".index(int(example.answer)) - 1]",
+          PAPERS.format("mixed")),
+    Fault("tests/papers/__init__.py", "measured again",
+          "figures.keys() - cell.keys()", "figures.keys()", PAPERS.format("measures")),
 ]
 
 

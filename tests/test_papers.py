@@ -197,6 +197,9 @@ def test_given_tokens_carry_no_policy_gradient(tmp_path, start, monkeypatch):
         run = run_of(synergy, start, tmp_path / mode, mode=mode, group=2, max_new_tokens=40, beta=0)
         batch = run.processor.prepare(data.World("train"), range(2))
         before = [p.clone() for p in run.model.parameters()]
+        rollouts, *_ = synergy.guided(run, 0, *batch[:2])
+        told = [rollouts.rows()[row] for row in ((0, 1, 2, 3) if mode == "progressive" else (1, 3))]
+        assert told == [ids for ids in batch[2] for _ in range(len(told) // 2)]
         figures = grpo.explore(run, 0, *batch, rollout=synergy.guided)
         assert (figures["updates"] == 1) == moves
         assert all(map(torch.equal, before, run.model.parameters())) != moves
@@ -428,3 +431,27 @@ def test_rounds_of_commands(tmp_path, start, monkeypatch):
     for command in (said[0], said[2]):
         Config = grpo.Config if "grpo.py" in command else sft.Config
         evaluate.parse(Config, shlex.split(command)[2:])
+
+
+def test_a_comparison_from_its_command_line(tmp_path, monkeypatch, capfd):
+    """Base, both trainings, their mean, evaluation, report, what is measured beside, verdict."""
+    tiny = " --examples 8 --eval-examples 2 --max-new-tokens 8"
+    monkeypatch.setitem(evaluate.PRESETS, "paper", dict(
+        test="--limit 6 --max-new-tokens 8", base=f" --steps 2 --batch 4{tiny}",
+        synergy=f" --steps 2 --prompts 2 --group 2{tiny}"))
+    finding = evaluate.Finding(
+        "?", "base", ("strong",), ("test",), {"base": "{}", "merged": "{}/synergy --mode merged"},
+        {"it gains": lambda a: a("strong/synergy --mode merged") - a("strong")})
+    words = ["synergy.py", "--out", str(tmp_path / "study"), "--device", "cpu", "--first-seed", "3"]
+    monkeypatch.setattr("sys.argv", words)
+    papers.run_paper(finding, None, None, "", size=lambda directory: len(str(directory)))
+    said = capfd.readouterr().out
+    model = tmp_path / "study" / "seed-3" / "strong-synergy-mode-merged"
+    assert "it gains" in said and f"{len(str(model))}.000" in said
+    assert said.count("\n$ python -m tests.papers.synergy train --init ") == 1
+    one, *parts = (models.load_checkpoint(path)[0].state_dict()["lm_head.weight"]
+                   for path in (model, model / "sft", model / "grpo"))
+    assert torch.allclose(one, sum(parts) / 2) and not torch.equal(*parts)
+    assert [row["step"] for row in metrics(model) if "loss" in row] == [1, 2]
+    papers.run_paper(finding, None, None, "")
+    assert "train --init" not in capfd.readouterr().out      # nothing is made twice
