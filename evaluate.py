@@ -699,7 +699,8 @@ def course(rows, parameters, spent):
             continue
         parts = [name for name in ("reward", "accuracy", "format") if since and name in since[0]]
         points.append(dict(spent, step=row["step"], held_out=row["val_accuracy"])
-                      | {name: mean(step[name] for step in since if name in step) for name in parts})
+                      | {name: mean(step[name] for step in since if name in step)
+                         for name in parts})
         since = []
     return points
 
