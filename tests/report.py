@@ -286,10 +286,11 @@ NOTES = """Accuracy in percent, means over seeds with 95 % t intervals over seed
 Wilson's, over its questions); every dot is a seed. Blind: the commonest training answer of each
 family. Collapsed: seeds below that. Faithful: right, every step true; lucky: right, one false.
 Costs are those of all trainings after the base: questions with an answer, seconds, TFLOP, thousands
-of tokens trained on and sampled. Spearman's ρ: of reward and held-out accuracy over the evaluations after a
-run's first third, so few that ρ is negative by chance in 11 to 22 % of runs that truly gain. Regret:
-best minus last held-out accuracy. Verdicts hold where a paired t interval of the difference
-lies above 0, are opposite below, else undecided; the last column counts all claims together."""
+of tokens trained on and sampled. Spearman's ρ: of reward and held-out accuracy over the evaluations
+after a run's first third, so few that ρ is negative by chance in 11 to 22 % of runs that truly
+gain. Regret: best minus last held-out accuracy. Verdicts hold where a paired t interval of the
+difference lies above 0, are opposite below, else undecided; the last column counts all claims
+together."""
 
 
 def answers_of(cell):

@@ -51,7 +51,7 @@ def test_function_lengths():
 
 
 def test_lines_fit():
-    for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert len(line) <= 100, f"{path.name}:{number} has {len(line)} columns"
 
