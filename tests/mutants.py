@@ -169,7 +169,7 @@ FAULTS = [
           '**written) if row["correct"] else None', "**written)",
           "tests/test_sft.py -k rollouts"),
     Fault("sft.py", "log-probs of another answer",
-          "zip(examples, responses)]         # by", "zip(examples[1:] + examples[:1], responses)]  # by",
+          "zip(examples, responses)]         # by", "zip(examples[1:] + examples[:1], responses)]",
           "tests/test_sft.py -k wrote"),
     Fault("sft.py", "traces of other questions",
           'if example.question != row["prompt"]:', "if False:", "tests/test_sft.py -k traces"),
