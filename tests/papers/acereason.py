@@ -55,8 +55,8 @@ def train(c):
 
 
 FINDING = Finding(
-    "AceReason: does a temperature that follows the entropy, or a short budget first, help?", "base",
-    ("weak", "strong"), ("test", "ood"),
+    "AceReason: does a temperature that follows the entropy, or a short budget first, help?",
+    "base", ("weak", "strong"), ("test", "ood"),
     {"GRPO": "{}/grpo", "both": "{}/acereason", "temperature": "{}/acereason --first-budget 0",
      "budget": "{}/acereason --target-entropy 0",
      "neither": "{}/acereason --target-entropy 0 --first-budget 0"},

@@ -56,7 +56,8 @@ def turned(directory):
 def stretched(directory):
     """Mean share by which it has changed singular values."""
     ours, base = (matrices(m) for m in (load_checkpoint(directory)[0], base_of(directory)))
-    pairs = [(torch.linalg.svdvals(base[name]), torch.linalg.svdvals(p)) for name, p in ours.items()]
+    values = torch.linalg.svdvals
+    pairs = [(values(base[name]), values(p)) for name, p in ours.items()]
     return torch.cat([(new - old).abs() / old.mean() for old, new in pairs]).mean().item()
 
 

@@ -41,7 +41,8 @@ def filtered(rows):
 
 def train(c):
     """The commands of all rounds; the last GRPO is this run itself."""
-    rl, imitation = options_of(c, grpo.Config), options_of(c, RunConfig, "steps", "lr", "eval_every")
+    rl = options_of(c, grpo.Config)
+    imitation = options_of(c, RunConfig, "steps", "lr", "eval_every")
     policy = f"{c.out}/grpo-0"
     run_command(f"python grpo.py --init {c.init} --out {policy} --resume{rl}")
     for k in range(1, c.rounds + 1):

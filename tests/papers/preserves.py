@@ -20,7 +20,7 @@ WAYS = {"labels": "{}/sft --traces answer", "short": "{}/sft", "verbose": "{}/sf
 
 
 def likely(a, base, figure):
-    """100 times Spearman's rho of how likely the traces were to the base, and `figure` after SFT."""
+    """Spearman's rho, times 100, of how likely the traces were to the base and a figure after."""
     cells = [cell.format(base) for cell in WAYS.values()]
     return 100 * spearman([a(cell, "trace_logprob") for cell in cells],
                           [a(cell, figure) for cell in cells])
