@@ -77,7 +77,8 @@ def test_layout():
 
 
 @pytest.mark.parametrize("words", ["evaluate.py", "evaluate.py study", "sft.py", "grpo.py",
-                                   "-m tests.speed", "-m tests.gpu", "-m tests.mutants"])
+                                   "-m tests.speed", "-m tests.gpu", "-m tests.mutants", "-m tests.exercise",
+                                   "-m tests.papers"])
 def test_help_explains_every_option(words):
     """Three options once had no help, and the test asked for no more than a dash."""
     done = subprocess.run([sys.executable, *words.split(), "--help"], capture_output=True,
@@ -99,6 +100,7 @@ def readme_commands():
 def test_readme_commands_parse():
     """Every command of the README has options that exist, with values that they take."""
     import evaluate
+    import exercise
     import gpu
     import grpo
     import mutants
@@ -109,7 +111,7 @@ def test_readme_commands_parse():
     configs = {"evaluate.py": evaluate.Config, "evaluate.py study": evaluate.StudyConfig,
                "sft.py": sft.Config, "grpo.py": grpo.Config}
     parsers = {"-m tests.speed": speed.parser, "-m tests.gpu": gpu.parser,
-               "-m tests.mutants": mutants.parser}
+               "-m tests.mutants": mutants.parser, "-m tests.exercise": exercise.parser}
     for line in found:
         script = re.match(r"python (-m tests\.\w+|evaluate\.py study|\w+\.py)", line)[1]
         words = shlex.split(line.removeprefix(f"python {script}"))
