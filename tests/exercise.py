@@ -81,7 +81,7 @@ def wrong_answers(exercise):
 
 
 def verify(exercise):
-    """Yields a line for its own body, for none and for each wrong one: True where judged rightly."""
+    """Yields, of its own body, of none and of each wrong one, whether it is judged rightly."""
     yield "as it is", not judge(exercise)[0]
     with tempfile.TemporaryDirectory() as directory:
         path = copy_of(f"{directory}/copy") / exercise.file
