@@ -43,7 +43,7 @@ class Example:
     family: str = "all"
     scene: list | None = None        # the truth, in the tabletop world
     box: bool = False                # the answer is [x1, y1, x2, y2], compared by its overlap
-    logprobs: list = ()              # of the response's tokens, where who wrote it is known
+    sampled: tuple = ()              # ids and log-probs of the response, where a model wrote it
 
     def pictures(self):
         return [one if isinstance(one, Image.Image) else open_image(one) for one in self.images]

@@ -693,8 +693,9 @@ def course(rows, parameters, spent):
     spent, points, since = Counter(spent), [], []
     for row in rows:
         if "val_accuracy" not in row:
+            sampled = row["tokens"] * ("reward" in row)          # unless a step says otherwise
             spent.update(seconds=row["seconds"], flops=flops(row, parameters),
-                         trained=row["tokens"], sampled=row["tokens"] * ("reward" in row))
+                         trained=row["tokens"], sampled=row.get("sampled", sampled))
             since.append(row)
             continue
         parts = [name for name in ("reward", "accuracy", "format") if since and name in since[0]]
@@ -726,11 +727,13 @@ def run_cell(cell, c, seed, locks):
     run_command(commands[-1])
     figures, spent = {}, dict.fromkeys(COSTS, 0)
     for run in map(unquoted, list(way)[1:] or [model]):
-        if (run / "metrics.jsonl").exists():             # not of rollouts, nor of a young base
-            rows = data.read_jsonl(run / "metrics.jsonl")
+        inner = sorted(run.glob("*/metrics.jsonl"))      # of a training that has several
+        for path in filter(pathlib.Path.exists, [*inner, run / "metrics.jsonl"]):
+            rows = data.read_jsonl(path)
             points = course(rows, (run / "model.safetensors").stat().st_size / 4, spent)
             spent = {name: points[-1][name] for name in COSTS}
-            figures = gains(points) if "reward" in rows[1] else dict(trace_logprob=-rows[1]["loss"])
+            figures = gains(points) if "reward" in rows[1] else {}
+            figures |= dict(trace_logprob=rows[1]["logprob"]) if "logprob" in rows[1] else {}
             figures |= dict(points=points, labels=read_json(run / "run.json")["examples"]) | spent
     splits = summaries(data.read_jsonl(unquoted(f"{model}/answers.jsonl")))
     for whole in splits.values():

@@ -93,8 +93,8 @@ def imitate(run, step, examples, prompts, responses):
     """One step on somebody's answers: responses [[id]], one for each example -> metrics."""
     c = run.config
     tokens = sum(map(len, responses))
-    sums = torch.zeros(2, device=c.device)       # of loss and entropy: a GPU is not waited for
-    written = [one.logprobs if len(one.logprobs) == len(ids) else [math.nan] * len(ids)
+    sums = torch.zeros(3, device=c.device)       # of the whole step: a GPU is not waited for
+    written = [one.sampled[1] if one.sampled[:1] == (ids,) else [math.nan] * len(ids)
                for one, ids in zip(examples, responses)]         # by whom, see imitation_loss
     run.zero_grad()
     for start, stop in own_pieces(0, len(examples), c.micro_batch):
@@ -106,11 +106,11 @@ def imitate(run, step, examples, prompts, responses):
         loss = imitation_loss(logprob, entropy, known.to(c.device), mask, c.weight)
         loss = loss / tokens         # of the whole step
         loss.backward()
-        sums += torch.stack([loss.detach(), entropy.sum()])
-    loss, entropy = summed(sums).tolist()
+        sums += torch.stack([loss.detach(), entropy.sum(), logprob.detach().sum()])
+    loss, entropy, logprob = summed(sums).tolist()
     grad_norm = run.optimizer_step(loss, examples)
     return dict(loss=loss, grad_norm=grad_norm, updates=int(grad_norm > 0),
-                entropy=entropy / tokens, tokens=tokens)
+                entropy=entropy / tokens, logprob=logprob / tokens, tokens=tokens)
 
 
 def training_examples(c):
@@ -132,8 +132,9 @@ def read_traces(path, examples):
         example, response = examples[row["index"]], data.as_text(row["response"])
         if example.question != row["prompt"]:
             raise data.DataError("another question than in --data; expected its --split train")
-        written = dict(response=response, logprobs=row.get("logprobs", ()))
-        return replace(example, **written) if row["correct"] else None
+        sampled = row.get("response_ids"), row.get("logprobs")
+        kept = replace(example, response=response, sampled=sampled)
+        return kept if row["correct"] else None
 
     right = list(filter(None, data.read_jsonl(path, trace)))
     if not right:

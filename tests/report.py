@@ -65,7 +65,7 @@ def judged(results, findings=FINDINGS):
     for finding, claim, difference in claims:
         values = []
         for known in known_figures(results).values():
-            with contextlib.suppress(KeyError):          # of a cell that is not there
+            with contextlib.suppress(KeyError, TypeError):       # no such cell, or no correlation
                 values.append(difference(lambda cell, name="test": known[cell, name]))
         if values:
             row = dict(zip(("mean", "low", "high", "p"), t_interval(values)), values=values)
@@ -189,8 +189,8 @@ def calibration_table(results):
 
 def reward_table(results):
     """Of each run of a reward, in points: by how much reward and held-out accuracy rose between its
-    first and last evaluation, and what was lost since the best. It deceives where, over seeds, the
-    reward rises and held-out accuracy does not."""
+    first evaluation on the way and its last, and what was lost since the best. It deceives where,
+    over seeds, the reward rises and held-out accuracy is not known to."""
     rows = [["run", "seeds", "reward rose by", "held-out accuracy rose by", "regret",
              "runs with ρ < 0", "deceives"]]
     for name, cells in by_cell(results):

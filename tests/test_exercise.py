@@ -13,7 +13,7 @@ KNOWN = exercise.exercises()
 
 
 def test_there_are_twelve():
-    """Each a row with a question and minutes, judged by tests that exist, with two wrong answers."""
+    """Each a row with a question and minutes; its tests exist, and two wrong answers at least."""
     text = (exercise.ROOT / "tests" / "EXERCISES.md").read_text()
     rows = re.findall(r"^\| \d+ \|.*", text, re.M)
     assert len(rows) == len(KNOWN) == 12

@@ -1,5 +1,6 @@
 """The related systems: the arithmetic of each from its formula, and a smoke run of every file."""
 import ast
+import collections
 import dataclasses
 import importlib
 import json
@@ -7,6 +8,9 @@ import math
 import pathlib
 import random
 import shlex
+import subprocess
+import sys
+import threading
 import types
 
 import pytest
@@ -17,6 +21,7 @@ import evaluate
 import grpo
 import model as models
 import sft
+from conftest import score_plain
 from tests import papers
 from tests.papers import (__main__ as all_papers, acereason, heals, mifo, openvlthinker, pear,
                           preserves, quagmires, synergy, trapo, umr, vlaa)
@@ -76,6 +81,17 @@ def test_cells_of_a_paper_parse(name):
         assert evaluate.parse(Config, words).device == "cpu"
 
 
+@pytest.mark.parametrize("name", all_papers.NAMES)
+def test_a_paper_knows_its_trainings_alone(name):
+    """MIFO's file once needed that of another paper to be imported by somebody."""
+    code = (f"import evaluate\nfrom tests.papers import {name} as paper, cells_of\n"
+            "c = evaluate.StudyConfig(preset='paper')\n"
+            "print(len([evaluate.way_to(cell, c, 0) for cell in cells_of(paper.FINDING)]))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=pathlib.Path(__file__).parents[1])
+    assert int(done.stdout) >= 4, done.stderr
+
+
 def test_cells_of_all_papers_have_directories_of_their_own():
     """«@middle+grpo» and «@middle/grpo» once had the same."""
     c, owners = evaluate.StudyConfig(device="cpu"), {}
@@ -122,6 +138,17 @@ def test_measures_are_kept(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------- PEAR
+def test_mean_logprob_is_that_of_the_textbook(start):
+    """Per token, the end mark among them, padding not."""
+    model, processor = models.load_checkpoint(start)
+    examples = [data.world_example("val", i) for i in range(4)]
+    ids, lengths = data.pad_rows([processor.response_ids(one.response) for one in examples], 0)
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    expected, _ = score_plain(model, processor.batch(examples), ids, mask, 1, None, 1.0)
+    got = papers.mean_logprob(start, examples)
+    assert got == pytest.approx(expected[mask].mean().item(), abs=1e-4)
+
+
 def pear_inputs(ratios):
     """p, entropy, written of one answer of these log-ratios, padded by two."""
     written = torch.tensor([[-1.0] * len(ratios) + [math.nan] * 2])
@@ -148,8 +175,7 @@ def test_pear_by_hand():
     blocks = [suffix[3]] * 4 + [1.0] * 2
     assert pear.block(p, entropy, written)[0, :6].tolist() == pytest.approx(blocks)
     p, entropy, written = pear_inputs([9.0] * 40)
-    assert pear.suffix(p, entropy, written)[0, 0].item() == pytest.approx(
-        math.exp(5) * pear.GAMMA ** 39)
+    assert pear.suffix(p, entropy, written)[0, 0].item() == pytest.approx(math.exp(5))
 
 
 # ------------------------------------------------------------------------------------- TRAPO
@@ -285,20 +311,29 @@ def test_angles_of_a_rotation():
 
 
 def test_temperature_follows_the_entropy_and_survives_a_resume(tmp_path, start):
-    """Killed after two of four steps, it goes on at the temperature of a run never stopped."""
+    """Stopped after two of four steps, it goes on at the temperature of a run never stopped."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    acereason.train(config(acereason, start, whole, steps=4, first_budget=4, target_entropy=9.0))
-    c = config(acereason, start, parts, steps=2, first_budget=4, target_entropy=9.0)
-    acereason.train(c)
-    acereason.train(config(acereason, start, parts, steps=4, first_budget=4, target_entropy=9.0,
-                           resume=True))
+    same = dict(first_budget=0, target_entropy=9.0)
+    acereason.train(config(acereason, start, whole, steps=4, **same))
+    acereason.train(config(acereason, start, parts, steps=2, **same))
+    acereason.train(config(acereason, start, parts, steps=4, resume=True, **same))
     rows = [[row for row in metrics(out) if "reward" in row] for out in (whole, parts)]
-    assert [len(some) for some in rows] == [4, 4]
-    temperatures = [1.0] + [row["next_temperature"] for row in rows[0]]
-    for row, old, new in zip(rows[0], temperatures, temperatures[1:]):
+    temperatures = [[1.0] + [row["next_temperature"] for row in some] for some in rows]
+    assert temperatures[0] == temperatures[1] and len(rows[0]) == 4
+    for row, old, new in zip(rows[0], temperatures[0], temperatures[0][1:]):
         assert new == pytest.approx(old * math.exp(0.1 * (9 - row["entropy"]))) and new > old
-    assert rows[0][1]["length"] <= 4 < rows[0][3]["length"] + 1
-    assert rows[1][2]["next_temperature"] > temperatures[2]
+
+
+def test_a_short_budget_comes_first(tmp_path, start, monkeypatch):
+    """There, answers that were cut have no loss; evaluation has the whole budget throughout."""
+    seen = []
+    monkeypatch.setattr(grpo, "explore", lambda run, step, *_: seen.append(
+        (run.config.max_new_tokens, run.config.overlong)) or dict(entropy=0.3))
+    run = run_of(acereason, start, tmp_path, steps=4, first_budget=4)
+    for step in range(4):
+        acereason.one_step(run, step)
+        assert (run.config.max_new_tokens, run.config.overlong) == (8, "keep")
+    assert seen == [(4, "mask")] * 2 + [(8, "keep")] * 2
 
 
 def test_judge_gradients_are_those_of_the_published_losses():
@@ -331,10 +366,13 @@ def test_one_description_fits():
 
 
 def test_filtered_answers_are_right_short_and_without_filler():
-    rows = [dict(correct=correct, response_ids=[0] * length, response=text)
-            for correct, length, text in ((True, 3, "a"), (True, 5, "b"), (True, 9, "c"),
-                                          (False, 2, "d"), (True, 4, f"{data.FILLERS[0]}. e"))]
-    assert [row["response"] for row in openvlthinker.filtered(rows)] == ["a"]
+    """Short among its family: else all of the longest family would go."""
+    rows = [dict(correct=correct, response_ids=[0] * length, response=text, family=family)
+            for correct, length, text, family in (
+                (True, 3, "a", "sum"), (True, 5, "b", "sum"), (True, 9, "c", "sum"),
+                (False, 2, "d", "sum"), (True, 4, f"{data.FILLERS[0]}. e", "sum"),
+                (True, 30, "f", "cost"))]
+    assert [row["response"] for row in openvlthinker.filtered(rows)] == ["a", "f"]
 
 
 def test_mixed_rows_have_all_types_and_their_golds(tmp_path):
@@ -349,6 +387,11 @@ def test_mixed_rows_have_all_types_and_their_golds(tmp_path):
     letters = [one for one in examples if one.choices]
     assert 12 <= len(letters) <= 20 and sum(one.box for one in examples) == 8
     assert {one.answer for one in letters} == {*"ABCD"}
+    for example in examples:         # as a model writes it, a box without spaces
+        answer = data.world_example(*example.id.split("/")).answer
+        said = example.answer if example.choices else answer
+        parts = vlaa.reward(f"<answer>{said}</answer>", 3, example, "tags", vlaa.Config())
+        assert parts["reward"] == 1, said
 
 
 def test_exact_reward_compares_texts():
@@ -381,6 +424,7 @@ def test_training_of_a_paper(tmp_path, start, module, more):
     models.load_checkpoint(out)
     if module is umr:
         assert 0 < umr.mrr(out, 4, pictures=3) <= 1
+        assert all(row["grad_norm"] > 0 for row in metrics(out) if "loss" in row)
 
 
 def test_measures_of_a_model(tmp_path, start):
@@ -394,7 +438,10 @@ def test_measures_of_a_model(tmp_path, start):
     assert heals.turned(model) > heals.turned(home / "base") < 1e-1
     assert heals.stretched(model) > heals.stretched(home / "base") == 0
     assert 0 <= heals.restored_ood(model, count=6) <= 1
-    assert preserves.caption_logprob(model, 4) < 0 < quagmires.trace_loss(model, 4)
+    assert preserves.captions(model, 4) < 0 < quagmires.trace_loss(model, 4)
+    early = home / "strong-sft-epochs-1"             # whose own vectors change nothing
+    rows = papers.answered(*models.load_checkpoint(early), "ood", 30)
+    assert heals.restored_ood(early, 30) == evaluate.summary(rows)["accuracy"]
     assert 0 <= quagmires.pass_at_16(model, 2, 16) <= 1
     rows = [dict(split="test", index=i, correct=i % 2 == 0) for i in range(8)]
     (model / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -417,7 +464,8 @@ def test_rounds_of_commands(tmp_path, start, monkeypatch):
         if "evaluate.py" in command:
             path = pathlib.Path(shlex.split(command)[shlex.split(command).index("--out") + 1])
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(dict(correct=True, response_ids=[1], response="x")) + "\n")
+            path.write_text(json.dumps(dict(correct=True, response_ids=[1], response="x",
+                                            family="sum")) + "\n")
 
     monkeypatch.setattr(openvlthinker, "run_command", run_command)
     monkeypatch.setattr(grpo, "main", lambda c: said.append(f"the last from {c.init}"))
@@ -427,10 +475,36 @@ def test_rounds_of_commands(tmp_path, start, monkeypatch):
     assert kinds == ["grpo.py", "evaluate.py", "sft.py", "grpo.py", "evaluate.py", "sft.py"]
     assert said[-1] == f"the last from {tmp_path}/sft-2"
     assert f"--model {tmp_path}/grpo-0" in said[1] and f"--model {tmp_path}/grpo-1" in said[4]
-    assert all(f"--init {start} " in said[i] for i in (0, 2, 5)) and "--steps 2" in said[0]
-    for command in (said[0], said[2]):
-        Config = grpo.Config if "grpo.py" in command else sft.Config
-        evaluate.parse(Config, shlex.split(command)[2:])
+    starts = [str(start), str(start), f"{tmp_path}/sft-1", str(start)]
+    trained = [command for command in said[:-1] if "evaluate.py" not in command]
+    for command, init in zip(trained, starts):
+        script, *words = shlex.split(command)[1:]
+        got = evaluate.parse({"grpo.py": grpo.Config, "sft.py": sft.Config}[script], words)
+        assert got.init == init and got.resume
+        fields = {f.name for f in dataclasses.fields(type(got) if "grpo" in script else
+                                                     sft.RunConfig)}
+        for name in fields - {"init", "out", "resume", "steps", "lr", "eval_every"}:
+            assert getattr(got, name) == getattr(c, name), name
+
+
+def test_merged_rounds_and_halves_cost_what_their_parts_cost(tmp_path, start, monkeypatch):
+    """A training that has several: their tokens add up in the study's results."""
+    for name in ("strong-pear/a", "strong-pear/b"):
+        sft.main(sft.Config(init=str(start), out=str(tmp_path / "seed-0" / name), device="cpu",
+                            steps=2, batch=4, examples=8, eval_examples=2, warmup=0))
+    model = tmp_path / "seed-0" / "strong-pear"
+    for name in ("model.safetensors", "run.json"):
+        (model / name).write_bytes((model / "a" / name).read_bytes())
+    (model / "answers.jsonl").write_text(json.dumps(dict(
+        split="test", family="all", index=0, correct=True, formatted=True, parsed=True,
+        response_ids=[1], truncated=False, faithful=None)) + "\n")
+    monkeypatch.setattr(evaluate, "make", lambda *_: None)
+    monkeypatch.setattr(evaluate, "run_command", lambda *_: None)
+    c = evaluate.StudyConfig(out=str(tmp_path), preset="paper", device="cpu")
+    cell = evaluate.run_cell("strong/pear", c, 0, collections.defaultdict(threading.Lock))
+    steps = [row for name in "ab" for row in metrics(model / name) if "loss" in row]
+    assert len(steps) == 4 and cell["trained"] == sum(row["tokens"] for row in steps)
+    assert cell["sampled"] == 0 and cell["trace_logprob"] == steps[2]["logprob"]
 
 
 def test_a_comparison_from_its_command_line(tmp_path, monkeypatch, capfd):
@@ -452,6 +526,5 @@ def test_a_comparison_from_its_command_line(tmp_path, monkeypatch, capfd):
     one, *parts = (models.load_checkpoint(path)[0].state_dict()["lm_head.weight"]
                    for path in (model, model / "sft", model / "grpo"))
     assert torch.allclose(one, sum(parts) / 2) and not torch.equal(*parts)
-    assert [row["step"] for row in metrics(model) if "loss" in row] == [1, 2]
     papers.run_paper(finding, None, None, "")
     assert "train --init" not in capfd.readouterr().out      # nothing is made twice

@@ -389,18 +389,18 @@ def test_weights_see_who_wrote_the_answers(tmp_path, start, monkeypatch):
     run = run_of(start, tmp_path, micro_batch=2)
     asked, seen = data.World("train"), []
     answers = [asked[i].response for i in range(4)]
-    lengths = [len(run.processor.response_ids(answer)) for answer in answers]
+    ids = [run.processor.response_ids(answer) for answer in answers]
     rows = [dict(index=i, prompt=asked[i].question, response=answers[i], correct=True,
-                 logprobs=[-float(i + 1)] * lengths[i]) for i in range(4)]
-    rows[1]["logprobs"].pop()
-    del rows[2]["logprobs"]
+                 response_ids=ids[i], logprobs=[-float(i + 1)] * len(ids[i])) for i in range(4)]
+    rows[1]["response_ids"] = ids[1][:-2] + ids[1][-1:] + ids[1][-2:-1]
+    del rows[2]["logprobs"], rows[2]["response_ids"]
     write_rows(tmp_path / "rollouts.jsonl", rows)
     examples = sft.read_traces(tmp_path / "rollouts.jsonl", asked)
     monkeypatch.setitem(sft.WEIGHTS, "nll", lambda p, entropy, written: (
         seen.extend(row.tolist() for row in written), torch.ones_like(p))[1])
     sft.imitate(run, 0, *run.processor.prepare(examples, range(4)))
     known = [[x for x in row if x == x] for row in seen]
-    assert known == [[-1.0] * lengths[0], [], [], [-4.0] * lengths[3]]
+    assert known == [[-1.0] * len(ids[0]), [], [], [-4.0] * len(ids[3])]
 
 
 def write_rows(path, rows):

@@ -17,8 +17,11 @@ from dataclasses import fields, replace
 import torch
 
 import evaluate
+import grpo
+from data import World, pad_rows
 from evaluate import StudyConfig, run_script
-from model import read_json, write_file
+from kernels import Sampler, length_mask
+from model import load_checkpoint, read_json, write_file
 from tests import report
 
 
@@ -32,10 +35,11 @@ def cells_of(finding):
     return [*dict.fromkeys(sum(finding.cells().values(), []))]
 
 
-def compare(finding, c):
-    """Makes the cells of a finding that are not there yet, as `evaluate.py study` does."""
-    evaluate.PRESETS["paper-cells"] = evaluate.PRESETS["paper"] | dict(cells=cells_of(finding))
-    evaluate.study(replace(c, preset="paper-cells"))
+def compare(findings, c):
+    """Makes the cells of findings that are not there yet, as `evaluate.py study` does."""
+    cells = sum(map(cells_of, findings), [])
+    evaluate.PRESETS["paper-cells"] = evaluate.PRESETS["paper"] | dict(cells=cells)
+    evaluate.study(replace(c, preset="paper-cells", finding=None))
 
 
 def measure(finding, c, **figures):
@@ -49,7 +53,7 @@ def measure(finding, c, **figures):
             for name in figures.keys() - cell.keys():
                 value = figures[name](pathlib.Path(model))
                 cell[name] = value if value is None else round(value, 4)
-    write_file(path, json.dumps(results))
+                write_file(path, json.dumps(results))
 
 
 def measured(finding, results, figures):
@@ -64,25 +68,33 @@ def measured(finding, results, figures):
 
 def run_paper(finding, train, Config, doc, **figures):
     """The command line of a paper's file."""
+    def training(c):
+        c.out = c.out or f"runs/{pathlib.Path(sys.argv[0]).stem}"
+        train(c)
+
     def comparison(c):
-        compare(finding, c)
+        compare([finding], c)
         measure(finding, c, **figures)
         results = read_json(pathlib.Path(c.out) / "results.json")
         print(evaluate.text_table(report.verdict_table(results, {"": finding})))
         if figures:
             print(evaluate.text_table(measured(finding, results, figures)))
 
-    if sys.argv[1:2] == ["train"]:
-        run_script(train, Config, doc, sys.argv[2:])
+    if sys.argv[1:2] == ["train"] and train:
+        run_script(training, Config, doc, sys.argv[2:])
     else:
         run_script(comparison, StudyConfig, doc)
 
 
 def options_of(c, Config, *but):
     """The options that a Config knows and that are not its defaults, as words of a command."""
-    names = [f.name for f in fields(Config) if getattr(c, f.name) not in (f.default, False)]
-    return "".join(f" --{name.replace('_', '-')} {shlex.quote(str(getattr(c, name)))}"
-                   for name in names if name not in ("init", "out", "resume", *but))
+    words = ""
+    for f in fields(Config):
+        value = getattr(c, f.name)
+        if f.name not in ("out", "resume", *but) and value != f.default:
+            words += f" --{f.name.replace('_', '-')}"
+            words += "" if value is True else f" {shlex.quote(str(value))}"
+    return words
 
 
 def begin_with(run, examples, shares):
@@ -96,3 +108,29 @@ def begin_with(run, examples, shares):
             count = round(shares[b, g].item() * len(ids))
             given[b, g, :count] = ids[:count]
     return given
+
+
+def recorded(rights):
+    """grpo.reward that also writes down, in order, whether each answer is right."""
+    def reward(*answer):
+        parts = grpo.reward(*answer)
+        rights.append(parts.get("accuracy", 0.0))
+        return parts
+    return reward
+
+
+@torch.no_grad()
+def mean_logprob(directory, examples):
+    """Per token, of the answers of some examples under a model."""
+    model, processor = load_checkpoint(directory)
+    _, prompts, responses = processor.prepare(examples, range(len(examples)))
+    ids, lengths = pad_rows(responses, processor.pad)
+    mask = length_mask(lengths)
+    logprob, _ = model.score(prompts, ids, mask)
+    return logprob.sum().item() / mask.sum().item()
+
+
+def answered(model, processor, split, count, *sampling):
+    """The answers of a model to the first questions of a split, see `evaluate.evaluate`."""
+    sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop)
+    return evaluate.evaluate(sampler, processor, World(split, size=count), split, *sampling)

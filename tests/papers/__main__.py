@@ -27,8 +27,8 @@ def page(results):
 
 
 def main(c):
+    compare(FINDINGS.values(), c)
     for name, finding in FINDINGS.items():
-        compare(finding, c)
         measure(finding, c, **MEASURES[name])
     results = read_json(pathlib.Path(c.out) / "results.json")
     print(text_table(report.verdict_table(results, FINDINGS)))

@@ -7,7 +7,7 @@ the parameters frozen that RL moved most, beats interleaving all of SFT with RL.
 
 Questions of which a group solves less than the threshold go into the buffer with their trace, once
 each phase. Interval, share, alpha, threshold were not published: 5 steps a phase, 0.1, 0.5, 0.25.
-A resumed run begins with an empty buffer.
+A resumed run begins with an empty buffer, and nothing frozen.
 """
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ import torch
 import grpo
 import sft
 from evaluate import Finding, option
-from tests.papers import register, run_paper
+from tests.papers import recorded, register, run_paper, synergy
 
 PHASE, FROZEN, ALPHA, THRESHOLD = 5, 0.1, 0.5, 0.25
 register("mifo")
@@ -37,13 +37,7 @@ class Mifo:
     def rollout(self, run, step, examples, prompts):
         """grpo.rollout that puts what was not solved into the buffer."""
         rights = []
-
-        def recorded(*answer):
-            parts = grpo.reward(*answer)
-            rights.append(parts.get("accuracy", 0.0))
-            return parts
-
-        found = grpo.rollout(run, step, examples, prompts, reward=recorded)
+        found = grpo.rollout(run, step, examples, prompts, reward=recorded(rights))
         shares = torch.tensor(rights).view(len(examples), -1).mean(1)
         self.buffer |= {one.id: one for one, share in zip(examples, shares) if share < THRESHOLD}
         return found
@@ -61,7 +55,7 @@ class Mifo:
         everything = torch.cat([moved.flatten() for moved in self.moved.values()])
         count = max(1, round(share * len(everything)))
         least = everything.kthvalue(len(everything) - count + 1).values
-        return {name: moved >= least for name, moved in self.moved.items()}
+        return {name: (moved >= least) & (moved > 0) for name, moved in self.moved.items()}
 
     def __call__(self, run, step, examples, prompts, responses):
         (phase, place), B = divmod(step, PHASE), len(examples)
@@ -91,7 +85,7 @@ def train(c):
 FINDING = Finding(
     "MIFO: does RL lose less where SFT learns its failures alone?", "base",
     ("weak", "strong"), ("test", "ood"),
-    {"SFT → GRPO": "{}/sft/grpo", "interleaved": "{}/synergy --mode interleaved",
+    {"SFT → GRPO": "{}/sft/grpo", "interleaved": synergy.MODES["interleaved"],
      "MIFO": "{}/mifo", "nothing frozen": "{}/mifo --frozen 0"},
     {"MIFO leads interleaving (weak base)":
         lambda a: a("weak/mifo") - a("weak/synergy --mode interleaved"),

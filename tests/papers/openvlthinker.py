@@ -6,8 +6,10 @@ gains; filtering the answers mattered most.
     round k: answers of the last GRPO model to the training questions; of the right ones those that
     are short and without filler -> SFT from the base -> GRPO
 
-Round 0 is GRPO from the base. Short, here: no longer than the median right answer; filler: a step
-that claims nothing (data.FILLERS). How many answers a question gets was not found: one.
+Round 0 is GRPO from the base. Short, here: no longer than the median right answer of its family;
+filler: a step that claims nothing (data.FILLERS), for which the paper cuts sentences, and here the
+answer goes. How many answers a question gets was not found: one. k rounds have k + 1 times the
+steps of GRPO, so they stand beside GRPO of as many.
 """
 import json
 import pathlib
@@ -16,7 +18,7 @@ from statistics import median
 
 import data
 import grpo
-from evaluate import Finding, option, run_command
+from evaluate import CommonConfig, Finding, grouped, option, run_command
 from model import write_file
 from sft import RunConfig
 from tests.papers import options_of, register, run_paper
@@ -32,10 +34,11 @@ class Config(grpo.Config):
 
 
 def filtered(rows):
-    """The right ones without filler, no longer than the median of the right ones."""
+    """The right ones without filler, no longer than the median of the right ones of a family."""
     right = [row for row in rows if row["correct"]]
-    longest = median(len(row["response_ids"]) for row in right)
-    return [row for row in right if len(row["response_ids"]) <= longest
+    longest = {family: median(len(row["response_ids"]) for row in some)
+               for family, some in grouped(right, "family").items()}
+    return [row for row in right if len(row["response_ids"]) <= longest[row["family"]]
             and not any(filler in row["response"] for filler in data.FILLERS)]
 
 
@@ -44,21 +47,20 @@ def train(c):
     rl = options_of(c, grpo.Config)
     imitation = options_of(c, RunConfig, "steps", "lr", "eval_every")
     policy = f"{c.out}/grpo-0"
-    run_command(f"python grpo.py --init {c.init} --out {policy} --resume{rl}")
+    run_command(f"python grpo.py --out {policy} --resume{rl}")
     for k in range(1, c.rounds + 1):
         file, start = f"{c.out}/answers-{k}.jsonl", f"{c.out}/sft-{k}"
         if not pathlib.Path(file).exists():
             answers = f"{c.out}/all-{k}.jsonl"
             run_command(f"python evaluate.py --model {policy} --split train --limit {c.examples} "
-                        f"--temperature 1 --out {answers} --device {c.device}")
+                        f"--temperature 1 --out {answers}{options_of(c, CommonConfig)}")
             rows = data.read_jsonl(answers)
             rows = rows if c.unfiltered else filtered(rows)
             write_file(file, "".join(json.dumps(row) + "\n" for row in rows))
-        run_command(f"python sft.py --init {c.init} --traces {file} --out {start} --resume"
-                    f"{imitation}")
+        run_command(f"python sft.py --traces {file} --out {start} --resume{imitation}")
         policy = f"{c.out}/grpo-{k}"
         if k < c.rounds:
-            run_command(f"python grpo.py --init {start} --out {policy} --resume{rl}")
+            run_command(f"python grpo.py --out {policy} --resume{rl} --init {start}")
     c.init = start
     grpo.main(c)
 
@@ -66,10 +68,11 @@ def train(c):
 FINDING = Finding(
     "OpenVLThinker: does another round of SFT and GRPO gain, and does filtering?", "base",
     ("weak", "strong"), ("test", "ood"),
-    {"GRPO": "{}/grpo", "one round": "{}/openvlthinker --rounds 1", "two": "{}/openvlthinker",
+    {"GRPO, 200 steps": "{}/grpo --steps 200", "one round": "{}/openvlthinker --rounds 1",
+     "GRPO, 300 steps": "{}/grpo --steps 300", "two rounds": "{}/openvlthinker",
      "two, unfiltered": "{}/openvlthinker --unfiltered", "SFT → GRPO": "{}/sft/grpo"},
-    {"a round leads GRPO (weak base)":
-        lambda a: a("weak/openvlthinker --rounds 1") - a("weak/grpo"),
+    {"a round leads GRPO of as many steps (weak base)":
+        lambda a: a("weak/openvlthinker --rounds 1") - a("weak/grpo --steps 200"),
      "the second leads the first (weak base)":
         lambda a: a("weak/openvlthinker") - a("weak/openvlthinker --rounds 1"),
      "filtering leads none (weak base)":

@@ -10,9 +10,11 @@ q is the model that wrote the trace: its log-probs stand in a file of rollouts. 
 a token's block of 4, for each of its tokens; where exactly a block's sum begins was not found, so
 that is our choice. With q = p, suffix gives gamma^(T - t).
 """
+import math
 from dataclasses import dataclass
 
 import sft
+from data import DataError
 from evaluate import Finding, option
 from tests.papers import register, run_paper
 
@@ -30,7 +32,7 @@ def likelier(p, entropy, written):
 def suffix(*known):
     d, left = likelier(*known)
     after = d.flip(1).cumsum(1).flip(1) - d
-    return after.clamp(-10, 5).exp() * GAMMA ** left
+    return (after + left * math.log(GAMMA)).clamp(-10, 5).exp()
 
 
 def sequence(*known):
@@ -53,6 +55,13 @@ class Config(sft.Config):
     weight: str = option("suffix", "token weight", ("suffix", "sequence", "block"))
 
 
+def train(c):
+    if c.traces in ("canonical", "verbose", "answer"):
+        raise DataError(f"--traces {c.traces}: expected a file of rollouts, of evaluate.py --out: "
+                        "it holds the log-probs of the model that wrote them")
+    sft.main(c)
+
+
 WAYS = dict(NLL="sft", suffix="pear", sequence="pear --weight sequence",
             block="pear --weight block")
 FINDING = Finding(
@@ -64,4 +73,4 @@ FINDING = Finding(
         lambda a: a("weak/pear --traces @strong/grpo") - a("weak/sft --traces @strong/grpo")})
 
 if __name__ == "__main__":
-    run_paper(FINDING, sft.main, Config, __doc__)
+    run_paper(FINDING, train, Config, __doc__)

@@ -7,13 +7,9 @@ Here: SFT from one base on labels alone, on the world's short and verbose traces
 right answers, and on those of its GRPO model; forgotten is what was known in words (`text`, never
 trained on), and captions, a task of the base: the log-prob per token of true ones.
 """
-import torch
-
 import data
 from evaluate import Finding, spearman
-from kernels import length_mask
-from model import load_checkpoint
-from tests.papers import run_paper
+from tests.papers import mean_logprob, run_paper
 
 WAYS = {"labels": "{}/sft --traces answer", "short": "{}/sft", "verbose": "{}/sft --traces verbose",
         "its own": "{0}/sft --traces @{0}", "its GRPO's": "{0}/sft --traces @{0}+grpo"}
@@ -26,17 +22,11 @@ def likely(a, base, figure):
                           [a(cell, figure) for cell in cells])
 
 
-@torch.no_grad()
-def caption_logprob(directory, count=100):
-    """Mean log-prob per token of true captions, which the base was trained on."""
-    model, processor = load_checkpoint(directory)
-    captions = [one for one in map(data.base_example, range(10_000_000, 10_000_000 + 10 * count))
-                if one.question == f"{data.IMAGE}Describe the table."][:count]
-    ids, lengths = data.pad_rows([processor.response_ids(one.response) for one in captions],
-                                 processor.pad)
-    mask = length_mask(lengths)
-    logprob, _ = model.score(processor.batch(captions), ids, mask)
-    return logprob.sum().item() / mask.sum().item()
+def captions(directory, count=100):
+    """Log-prob per token of true captions of new pictures: what the base was trained to say."""
+    new = map(data.base_example, range(10_000_000, 10_000_000 + 10 * count))
+    asked = [one for one in new if one.question == f"{data.IMAGE}Describe the table."]
+    return mean_logprob(directory, asked[:count])
 
 
 FINDING = Finding(
@@ -49,7 +39,7 @@ FINDING = Finding(
      "answers of its GRPO model forget less than labels (strong base, in words)":
          lambda a: a("strong/sft --traces @strong+grpo", "text")
          - a("strong/sft --traces answer", "text")})
-MEASURES = dict(captions=caption_logprob)
+MEASURES = dict(captions=captions)
 
 if __name__ == "__main__":
     run_paper(FINDING, None, None, __doc__, **MEASURES)

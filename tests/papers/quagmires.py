@@ -8,33 +8,22 @@ held-out traces and by pass@k of a large k.
 Eight SFT checkpoints of one base (budget, epochs, traces), each with the same GRPO after it; their
 rank correlations over the eight. Here n 32, k 16, 100 questions of val.
 """
-import torch
-
 import data
-from evaluate import Finding, evaluate, spearman, summary
-from kernels import Sampler, length_mask
+from evaluate import Finding, spearman, summary
 from model import load_checkpoint
-from tests.papers import run_paper
+from tests.papers import answered, mean_logprob, run_paper
 
 CHECKPOINTS = ("--examples 125", "--examples 500", "--examples 8000", "--epochs 1", "--epochs 6",
                "--traces verbose", "--traces answer", "--traces @middle")
 
 
-@torch.no_grad()
 def trace_loss(directory, count=200):
     """Mean loss per token on canonical traces of val."""
-    model, processor = load_checkpoint(directory)
-    examples, prompts, responses = processor.prepare(data.World("val"), range(count))
-    ids, lengths = data.pad_rows(responses, processor.pad)
-    mask = length_mask(lengths)
-    logprob, _ = model.score(prompts, ids, mask)
-    return -logprob.sum().item() / mask.sum().item()
+    return -mean_logprob(directory, data.World("val", size=count))
 
 
 def pass_at_16(directory, count=100, tries=32):
-    model, processor = load_checkpoint(directory)
-    sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop)
-    rows = evaluate(sampler, processor, data.World("val", size=count), "val", tries, 1.0)
+    rows = answered(*load_checkpoint(directory), "val", count, tries, 1.0)
     return summary(rows)["pass_at"][16]
 
 

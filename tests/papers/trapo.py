@@ -6,10 +6,11 @@ GRPO; with plain NLL on the prefixes training collapsed.
     TrSFT   -p_t / sg(max(p_t, alpha)), alpha = 0.1: equals NLL where p_t >= alpha
     RL      A_i = r_i - mean of its group; no KL, groups of equal reward dropped
 
-Of 8 rollouts {4, 2, 1, 1} begin with {0, 0.2, 0.5, 1} of the trace; the next micro-group does so
-while the mean reward of a question's rollouts before it is under {0.5, 0.7, 0.9}, else it is free.
-TrSFT's tokens are tokens of the one sum of weight * grad log p: their weight stands where others
-have an advantage. Not published: whether prefixes of dropped groups count. Here they do not.
+Of 8 rollouts {4, 2, 1, 1} begin with {0, 0.2, 0.5, 1} of the trace; each of the last three micro-
+groups does so where, of its question's rollouts before it, a share under {0.5, 0.7, 0.9} is right,
+else it is free. TrSFT's tokens are tokens of the one sum of weight * grad log p: their weight
+stands where others have an advantage. Not published: whether prefixes of dropped groups count. Here
+they do not. `reward` in metrics.jsonl counts what was helped, too; `sampled` is of all generations.
 """
 from dataclasses import dataclass
 
@@ -18,10 +19,10 @@ import torch
 import grpo
 from data import DataError
 from evaluate import Finding, option
-from tests.papers import begin_with, register, run_paper
+from sft import WEIGHTS
+from tests.papers import begin_with, recorded, register, run_paper
 
 SIZES, SHARES, BARS = (4, 2, 1, 1), (0.0, 0.2, 0.5, 1.0), (2.0, 0.5, 0.7, 0.9)
-ALPHA = 0.1
 register("trapo")
 
 
@@ -37,26 +38,20 @@ class Config(grpo.Config):
 def rollout(run, step, examples, prompts):
     """grpo.rollout, once for each micro-group: only then is it known what the next one begins with.
     Noise depends on question and member alone, so earlier members say the same again."""
-    shares, start, rewarded = torch.zeros(len(examples), sum(SIZES)), 0, []
+    shares, start, sampled, rights = torch.zeros(len(examples), sum(SIZES)), 0, 0, []
     for size, share, bar in zip(SIZES, SHARES, BARS):
         if start:
-            rights = torch.tensor(rewarded).view(shares.shape)[:, :start]
-            shares[rights.mean(1) < bar, start:start + size] = share
-        rewarded, given = [], begin_with(run, examples, shares).to(run.config.device)
-
-        def recorded(*answer):
-            parts = grpo.reward(*answer)
-            rewarded.append(parts.get("accuracy", 0.0))
-            return parts
-
+            before = torch.tensor(rights).view(shares.shape)[:, :start]
+            shares[before.mean(1) < bar, start:start + size] = share
+        rights, given = [], begin_with(run, examples, shares).to(run.config.device)
         rollouts, mask, advantage, metrics = grpo.rollout(run, step, examples, prompts, given,
-                                                          recorded)
+                                                          recorded(rights))
+        sampled += metrics["tokens"] - (given >= 0).sum().item()
         start += size
     told = (given >= 0).flatten(0, 1)                                          # (R, N)
-    p = rollouts.logprobs.exp()
-    weight = p / p.clamp(min=ALPHA) if run.config.prefix_loss == "trsft" else torch.ones_like(p)
+    weight = WEIGHTS[run.config.prefix_loss](rollouts.logprobs.exp())
     return rollouts, mask, weight.where(told, advantage), metrics | dict(
-        given=told.sum().item() / metrics["tokens"])
+        sampled=sampled, given=told.sum().item() / metrics["tokens"])
 
 
 def train(c):

@@ -8,8 +8,8 @@ of yes, and it is the weight in its gradient that does it, not the direction.
     contrastive  weight softmax(z_y) - label over the candidates        direction z_y
 
 Each weight goes with each direction here. A picture has one description that fits; in the others
-one thing has another colour, shape or place. MRR: mean of 1 / rank of the one that fits, by z_y -
-z_n. Candidates in training: 4; in ranking: 4, 8 and 16.
+one thing has another colour, shape or place. MRR: mean of 1 / rank of the one that fits, by the
+direction that was trained. Candidates in training: 4; in ranking: 4, 8 and 16.
 """
 import functools
 import random
@@ -20,7 +20,8 @@ import torch
 import data
 import sft
 from evaluate import Finding, mean, option
-from model import load_checkpoint
+from kernels import own_pieces, summed
+from model import load_checkpoint, read_json
 from tests.papers import register, run_paper
 
 register("umr", every=30)
@@ -55,48 +56,47 @@ def candidates(example, count):
             for scene in scenes]
 
 
-def judge_logits(model, processor, examples, device="cpu"):
-    """-> z_y, z_n (B,): logits of «yes» and «no» as the first word of an answer."""
-    prompts = processor.batch(examples).to(device)
+def judge_logits(model, processor, prompts):
+    """-> z_y, z_n (B,): logits of «yes» and «no» as the first token of an answer."""
     hidden, _ = model(prompts)
-    last = hidden[torch.arange(len(examples)), prompts.lengths - 1]            # (B, D)
-    words = [processor.encode(processor.LEAD + word)[0] for word in ("yes", "no")]
-    return (last @ model.lm_head.weight[words].T).float().unbind(1)
+    last = hidden[torch.arange(len(prompts.ids)), prompts.lengths - 1]         # (B, D)
+    [yes], [no] = processor.encode("yes"), processor.encode("no")
+    return (last @ model.lm_head.weight[[yes, no]].T).float().unbind(1)
 
 
 def judge_loss(z_yes, z_no, weight, direction):
     """A sum whose gradient is weight times direction. z (pictures, candidates), the first fits."""
-    label = torch.zeros_like(z_yes)
-    label[:, 0] = 1
+    label = torch.eye(z_yes.shape[1], device=z_yes.device)[0]
     share = (z_yes - z_no).sigmoid() if weight == "sft" else z_yes.softmax(1)
     way = z_yes - z_no if direction == "sft" else z_yes
     return ((share - label).detach() * way).sum()
 
 
 def one_step(run, step, examples, prompts, responses):
-    c = run.config
-    asked = [some for one in examples for some in candidates(one, c.candidates)]
+    c, sums = run.config, torch.zeros(2, device=run.config.device)             # loss, tokens
     run.zero_grad()
-    with run.autocast():
-        logits = judge_logits(run.model, run.processor, asked, c.device)
-    z_yes, z_no = (z.view(-1, c.candidates) for z in logits)
-    loss = judge_loss(z_yes, z_no, c.judge_weight, c.judge_direction) / len(asked)
-    loss.backward()
-    chosen = (z_yes - z_no).argmax(1) == 0
-    norm = run.optimizer_step(loss.item(), examples)
-    return dict(loss=loss.item(), grad_norm=norm, chosen=chosen.float().mean().item(),
-                tokens=len(asked))
+    for start, stop in own_pieces(0, len(examples), c.micro_batch):
+        asked = run.processor.batch([some for one in examples[start:stop]
+                                     for some in candidates(one, c.candidates)]).to(c.device)
+        with run.autocast():
+            logits = judge_logits(run.model, run.processor, asked)
+        logits = (z.view(-1, c.candidates) for z in logits)
+        loss = judge_loss(*logits, c.judge_weight, c.judge_direction) / len(examples)
+        loss.backward()
+        sums += torch.stack([loss.detach(), asked.lengths.sum()])
+    loss, tokens = summed(sums).tolist()
+    return dict(loss=loss, grad_norm=run.optimizer_step(loss, examples), tokens=int(tokens))
 
 
 @torch.no_grad()
 def mrr(directory, count=8, pictures=100):
-    """Mean reciprocal rank of the description that fits, on val."""
+    """Mean reciprocal rank of the description that fits, on val, by the direction of training."""
     model, processor = load_checkpoint(directory)
-    ranks = []
-    for example in data.World("val", size=pictures):
-        z_yes, z_no = judge_logits(model, processor, candidates(example, count))
-        ranks.append((z_yes - z_no >= z_yes[0] - z_no[0]).sum().item())
-    return mean(1 / rank for rank in ranks)
+    by_yes = read_json(directory / "run.json").get("judge_direction") == "contrastive"
+    asked = [candidates(example, count) for example in data.World("val", size=pictures)]
+    logits = [judge_logits(model, processor, processor.batch(some)) for some in asked]
+    scores = [z_yes if by_yes else z_yes - z_no for z_yes, z_no in logits]
+    return mean(1 / (score >= score[0]).sum().item() for score in scores)
 
 
 WAYS = {f"{weight} weight, {direction} direction":

@@ -43,22 +43,26 @@ def mixed_row(index):
     if example.family == "location":
         row["answer"] = json.loads(example.answer)
     elif example.answer.isdecimal() and index // len(data.FAMILIES) % 2:
-        others = rng.sample([n for n in range(10) if str(n) != example.answer], 3)
-        row["choices"] = sorted([int(example.answer), *others])
-        row["answer"] = "ABCD"[row["choices"].index(int(example.answer))]
+        gold = int(example.answer)
+        others = rng.sample([n for n in range(max(0, gold - 4), gold + 5) if n != gold], 3)
+        row["choices"] = rng.sample([gold, *others], 4)
+        row["answer"] = "ABCD"[row["choices"].index(gold)]
     return row
 
 
 def reward(response, length, example, answer_format, c):
-    """grpo.reward of `exact` texts."""
+    """grpo.reward of `exact` texts, spaces apart."""
     parts = grpo.reward(response, length, example, answer_format, c)
-    said = data.extract_answer(response) == example.answer
+    if "accuracy" not in parts:      # the grader failed
+        return parts
+    said, gold = ("".join(text.split()) for text in (data.extract_answer(response), example.answer))
+    said = said == gold
     parts["reward"] += said - parts["accuracy"]
     return dict(parts, accuracy=float(said))
 
 
 def train(c):
-    path = pathlib.Path(f"{c.out}.jsonl")
+    path = pathlib.Path(f"{c.out}-{c.examples}.jsonl")
     if not path.exists():
         write_file(path, "".join(json.dumps(mixed_row(i)) + "\n" for i in range(c.examples)))
     rewarded = reward if c.typed == "exact" else grpo.reward
