@@ -78,7 +78,7 @@ def test_layout():
 
 @pytest.mark.parametrize("words", ["evaluate.py", "evaluate.py study", "sft.py", "grpo.py",
                                    "-m tests.speed", "-m tests.gpu", "-m tests.mutants",
-                                   "-m tests.exercise", "-m tests.papers"])
+                                   "-m tests.exercise", "-m tests.grade", "-m tests.papers"])
 def test_help_explains_every_option(words):
     """Three options once had no help, and the test asked for no more than a dash."""
     done = subprocess.run([sys.executable, *words.split(), "--help"], capture_output=True,
