@@ -85,7 +85,7 @@ def test_help_explains_every_option(words):
                           text=True, cwd=ROOT, env=dict(os.environ, COLUMNS="300"))
     assert done.returncode == 0, done.stderr
     options = re.findall(r"^  (--[a-z-]+)", done.stdout, re.M)
-    assert len(options) >= 2
+    assert options
     for name in options:
         value = r"( [A-Z_]+| \{.*?\}| \[.*\])?"
         assert re.search(rf"^  {name}{value}\s+(?!--)\w\S* \S", done.stdout, re.M), name
