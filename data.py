@@ -383,7 +383,7 @@ def field_of(convert, row, part, *more):
 
 
 def as_text(text):
-    """text (the README has a converter of chats)"""
+    """text (tests/convert.py converts chats)"""
     return str.encode(text).decode()         # fails for half a character, which only JSON can hold
 
 
@@ -422,7 +422,7 @@ def read_row(row, where, root, check):
     row = {name: value for name, value in row.items() if value not in EMPTY}
     for name in filter(UNREAD.fullmatch, row.keys() - sum(NAMES.values(), ())):
         raise DataError(f"field {name} is not read: a row has {', '.join(NAMES)}, system, id; name "
-                        "it so, drop it, or convert it once (the README has a converter of chats)")
+                        "it so, drop it, or convert it once (tests/convert.py converts chats)")
     text = partial(field_of, as_text, row)
     question, said = text("question") or "", text("response") or ""
     answer = field_of(as_answer, row, "answer") or extract_answer(said)

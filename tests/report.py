@@ -2,8 +2,8 @@
 beside its results.json: verdicts, figures of each finding, tables, rollouts, commands. evaluate.py
 study ends with it.
 
-    python tests/report.py --readme        writes README's tables and .github/capacity.svg from
-                                           .github/results.json
+    --example test/337    keeps what models said to a question, in .github/example.json
+    --readme              writes README's tables and pictures from the files in .github
 """
 import argparse
 import base64
@@ -12,6 +12,7 @@ import functools
 import html
 import io
 import itertools
+import json
 import math
 import pathlib
 import re
@@ -21,6 +22,7 @@ from collections import Counter, defaultdict
 from statistics import fmean as mean, stdev
 
 import torch
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))        # it is also run as a file, by the study
@@ -29,6 +31,7 @@ import data
 from evaluate import AGES, COLUMNS, FINDINGS, columns, grade, grouped, judge, text_table, verdict
 from model import read_json, write_file
 
+TUNED = ROOT / ".github" / "tune.json"           # results.json of evaluate.py study --preset tune
 ANGLES = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.double)
 
 
@@ -313,6 +316,30 @@ def rollout_table(cells, rows):
     return html_table(table)
 
 
+SHOWN = ("weak", "weak/sft", "weak/grpo")        # who answers the README's question
+
+
+def kept_example(results, name):
+    """What the models of the first seed said to a question of the test, for .github/example.json."""
+    seed = min(cell["seed"] for cell in results["cells"])
+    said = {}
+    for cell in results["cells"]:
+        if cell["seed"] == seed and cell["cell"] in SHOWN:
+            rows = data.read_jsonl(answers_of(cell))
+            said[cell["cell"]] = next(row["response"] for row in rows if row["id"] == name)
+    return dict(id=name, seed=seed, answers={model: said[model] for model in SHOWN})
+
+
+def example_table(kept):
+    """Who said what to the README's question, each step marked; first the world's own trace."""
+    example, rows = data.world_example(*kept["id"].split("/")), [["", "thinks", "answers", ""]]
+    for model, response in {"the trace": example.response, **kept["answers"]}.items():
+        graded = grade(response, example)
+        steps = ", ".join(f"{step} {'✓' if true else '✗'}" for step, true in graded.steps)
+        rows.append([model, steps, data.extract_answer(response), verdict(vars(graded))])
+    return rows
+
+
 def report(results):
     """-> the page."""
     page = f"{HEAD}<h1>SFT and GRPO</h1>{html_table(verdict_table(results))}<p>{NOTES}</p>"
@@ -323,6 +350,8 @@ def report(results):
     page += f"<h2>Rewards</h2>{html_table(reward_table(results))}"
     page += "<h2>Is the world neither too easy nor too hard?</h2>"
     page += html_table(calibration_table(results))
+    page += "<h2>Rates and steps, tried on a seed of its own</h2>"
+    page += html_table(main_table(read_json(TUNED)))
     page += "<h2>Rollouts (green: a true step, red: a false one)</h2>"
     cells = [cell for cell in results["cells"] if answers_of(cell).exists()]
     cells = [cell for cell in cells if cell["seed"] == cells[0]["seed"]]
@@ -332,14 +361,9 @@ def report(results):
     return f"{page}<h2>Commands</h2><pre>{html.escape(chr(10).join(commands))}</pre>"
 
 
-def readme(text, results):
-    """-> README's text with tables of these results between its marks."""
-    head, *rows = main_table(results)
-    places = [head.index(name) for name in ("model", "seeds", *results["cells"][0]["splits"],
-                                            "faithful", "format", "tokens", "seconds")]
-    capacity = {"blind", "model", *sum(FINDINGS["capacity"].cells().values(), [])}
-    cells = [[row[place] for place in places] for row in (head, *rows) if row[0] in capacity]
-    for mark, table in (("cells", cells), ("verdicts", verdict_table(results))):
+def readme(text, results, kept):
+    """-> README's text with verdicts of these results, and a kept example, between its marks."""
+    for mark, table in (("verdicts", verdict_table(results)), ("example", example_table(kept))):
         text = re.sub(rf"(?<=<!-- {mark} -->\n).*?(?=<!-- end -->)",
                       lambda _: f"{text_table(table)}\n", text, count=1, flags=re.S)
     return text
@@ -350,20 +374,27 @@ def parser():
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("study", nargs="?", default="runs/study", help="directory of a study")
     made.add_argument("--readme", action="store_true", help="write README's part instead")
+    made.add_argument("--example", help="id of a question of the test that README shows from now on")
     return made
 
 
 def main(options):
-    if not options.readme:
-        study = pathlib.Path(options.study)
-        results = read_json(study / "results.json")
-        print(text_table(main_table(results)), text_table(verdict_table(results)), sep="\n\n")
-        write_file(study / "report.html", report(results))
-        print(f"\n{study / 'report.html'}")
+    path, kept = ROOT / "README.md", ROOT / ".github" / "example.json"
+    if options.readme:
+        results = read_json(ROOT / ".github" / "results.json")
+        path.write_text(readme(path.read_text(), results, read_json(kept)))
+        (ROOT / ".github" / "capacity.svg").write_text(next(charts(results, "capacity")))
+        picture = data.world_example(*read_json(kept)["id"].split("/")).images[0]
+        picture.resize((256, 256), Image.NEAREST).save(ROOT / ".github" / "task.png")
         return
-    results, path = read_json(ROOT / ".github" / "results.json"), ROOT / "README.md"
-    path.write_text(readme(path.read_text(), results))
-    (ROOT / ".github" / "capacity.svg").write_text(next(charts(results, "capacity")))
+    study = pathlib.Path(options.study)
+    results = read_json(study / "results.json")
+    if options.example:
+        write_file(kept, json.dumps(kept_example(results, options.example), ensure_ascii=False))
+        return
+    print(text_table(main_table(results)), text_table(verdict_table(results)), sep="\n\n")
+    write_file(study / "report.html", report(results))
+    print(f"\n{study / 'report.html'}")
 
 
 if __name__ == "__main__":

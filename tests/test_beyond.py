@@ -1,7 +1,7 @@
-"""A run directory goes on in TRL, and what TRL saves comes back; the README's script does it."""
+"""A run directory goes on in TRL, and what TRL saves comes back; tests/onward.py does it."""
 import json
 import pathlib
-import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -103,31 +103,13 @@ def test_only_our_prompt_file_is_lost(start, tmp_path):
     assert torch.equal(got.batch([example]).ids, expected.batch([example]).ids)
 
 
-# ------------------------------------------------------------------------- the README's own lines
-def snippet(mark):
-    """The block of the README's section that holds `mark`. Under another heading of that section
-    these tests were once skipped, and nobody was told."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    _, section = readme.split("### Several GPUs, and beyond one machine")
-    section = re.split("^##", section, maxsplit=1, flags=re.M)[0]
-    block, = [block for block in re.findall(r"```\n(.*?)```", section, re.S) if mark in block]
-    return block
-
-
-def beside_the_modules(directory, name, block):
-    """A copy of the modules with the block as a file beside them -> the file."""
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, directory)
-    (directory / name).write_text(block, encoding="utf-8")
-    return directory / name
-
-
+# ------------------------------------------------------------------------ tests/onward.py, rewards
 @pytest.mark.parametrize("way", WAYS)
-def test_script_of_the_readme_on_two_processes(start, tmp_path, way):
-    """Pasted code rots: a file of ours, asked with an instruction, trained by two processes, and
-    evaluated with the commands that follow."""
+def test_onward_on_two_processes(start, tmp_path, way):
+    """A file of ours, asked with an instruction, trained by two processes, and evaluated with the
+    commands that follow."""
     pytest.importorskip("accelerate")
-    script = beside_the_modules(tmp_path, "onward.py", snippet("trl"))
+    script = ROOT / "tests" / "onward.py"
     model, processor = load_checkpoint(start, prompt=dict(instruction="Think."))
     save_checkpoint(model, processor, tmp_path / "start")
     rows = []
@@ -152,8 +134,9 @@ def test_script_of_the_readme_on_two_processes(start, tmp_path, way):
         check_saved(tmp_path / "out", tmp_path / "start")
     assert load_checkpoint(tmp_path / "out")[1].style["instruction"] == "Think."
     command = "evaluate.py --model out --data rows.jsonl --limit 4 --max-new-tokens 8 --out a.jsonl"
-    done = subprocess.run([sys.executable, *command.split()], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=300)
+    script, *words = command.split()
+    done = subprocess.run([sys.executable, ROOT / script, *words], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     answers = data.read_jsonl(tmp_path / "a.jsonl")
     assert len(answers) == 4
@@ -167,8 +150,7 @@ def test_rows_of_the_script_are_ours(start, tmp_path, monkeypatch, style):
     model, processor = load_checkpoint(start, prompt=style)
     save_checkpoint(model, processor, tmp_path)
     monkeypatch.setattr(sys, "argv", ["onward.py", "grpo", str(tmp_path), "world"])
-    space, (head, _) = {}, snippet("trl").split("name, more")
-    exec(compile(head, "README", "exec"), space)
+    space = runpy.run_path(str(ROOT / "tests" / "onward.py"))
     theirs = transformers.AutoProcessor.from_pretrained(tmp_path)
     for index in range(3):
         one = space["examples"][index]
@@ -185,10 +167,9 @@ def test_rows_of_the_script_are_ours(start, tmp_path, monkeypatch, style):
         assert space["reward"](completions=completions, index=[index] * 2) == [1, 0]
 
 
-def test_rewards_of_the_readme():
+def test_rewards_of_other_engines():
     """1 for a right answer, 0 for a wrong one, in the form that each engine wants."""
-    space = {}
-    exec(compile(snippet("compute_score"), "README", "exec"), space)
+    space = runpy.run_path(str(ROOT / "tests" / "rewards.py"))
     cases = [("<think>2.</think><answer>3</answer>", "3", 1), ("\\boxed{\\frac{1}{2}}", "1/2", 1),
              (f"<think>{'so ' * 200}</think><answer>3</answer>", "3", 1),
              ("<answer>4</answer>", "3", 0), ("", "3", 0), ("yes " * 200, "yes", 0),

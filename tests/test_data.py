@@ -11,6 +11,7 @@ import os
 import pathlib
 import random
 import re
+import runpy
 import struct
 import subprocess
 import sys
@@ -375,16 +376,16 @@ BAD = {     # what the message says: rows
     "question": [{}, dict(answer="a"), *(row(question=q) for q in (" ", ["q"], 5, "\ud800"))],
     # layouts that are to be converted first
     "field (messages|conversations|instruction) is not read: a row has question, images, answer, "
-    "choices, response, rationale, system, id; .* once \\(the README has a converter of chats": [
+    "choices, response, rationale, system, id; .* once \\(tests/convert.py converts chats": [
         dict(messages=[USER], answer="a"), row(messages="hello"), row(messages=5),
         dict(image="a.png", messages=[USER, told("3", "assistant")]),
         dict(id=1, image="a.png", conversations=human(Q, "0")),
         dict(images=["a.png"], system="Be brief.", conversations=human(Q, COT + "3")),
         dict(instruction="Add.", input="1, 2", output="3"), row(instruction="Add.")],
-    "field {'prompt': .*'role'.*: expected text .the README has a converter of chats": [
+    "field {'prompt': .*'role'.*: expected text .tests/convert.py converts chats": [
         dict(images=["a.png"], prompt=[USER], completion=[told(THREE, "assistant")]),
         dict(prompt=[PARTS], image="a.png", solution="3")],
-    "field {'completion': .*'role'.*: expected text .the README": [
+    "field {'completion': .*'role'.*: expected text .tests/convert.py": [
         dict(prompt="?", completion=[told(THREE, "assistant")])],
     "no answer": [dict(question="q"), *(row(answer=answer) for answer in (
         "", " ", None, [], {}, "<answer> </answer>", "\\boxed{}", "Nothing is left.\n#### "))],
@@ -543,24 +544,21 @@ CHATS = {       # tool: row, question, answer, response, system
 
 @pytest.fixture
 def convert(tmp_path, capsys, monkeypatch):
-    """convert(*rows) -> the rows that the README's own lines make of them."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```\n(.*?)```", readme, re.S)
-    code, = [block for block in blocks if "theirs.jsonl" in block]
-
+    """convert(*rows) -> the rows that tests/convert.py makes of them."""
     def convert(*rows):
-        (tmp_path / "theirs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        monkeypatch.chdir(tmp_path)
-        exec(compile(code, "README", "exec"), {})
+        path = tmp_path / "theirs.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        monkeypatch.setattr(sys, "argv", ["convert.py", str(path)])
+        runpy.run_path(str(ROOT / "tests" / "convert.py"), run_name="__main__")
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     return convert
 
 
 @pytest.mark.parametrize("tool", CHATS)
-def test_readme_converts_chats(read, convert, tool):
+def test_chats_are_converted(read, convert, tool):
     """Layouts that are not read are converted once, with their pictures, nulls and system turns."""
     whole, *expected = CHATS[tool]
-    with pytest.raises(data.DataError, match="README has a converter"):
+    with pytest.raises(data.DataError, match="tests/convert.py converts"):
         read(whole)
     example, = read(*convert(whole))
     assert [example.question, example.answer, example.response, example.system] == expected

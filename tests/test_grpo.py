@@ -3,6 +3,8 @@ import copy
 import inspect
 import json
 import math
+import pathlib
+import re
 import types
 import zlib
 from dataclasses import replace
@@ -17,6 +19,8 @@ import grpo
 import kernels
 import model as models
 import sft
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def options(**changes):
@@ -319,6 +323,18 @@ def test_a_step_is_the_gradient_of_the_textbook_loss(tmp_path, start, algorithm)
         torch.testing.assert_close(got, slope, rtol=1e-3, atol=1e-4 * slope.abs().max().item())
     moved = torch.cat(logprobs(taken[1][0])) - torch.cat(old)
     assert moved.abs().max() > 0.3, "so that the second minibatch has ratios to clip"
+
+
+def test_readme_explains_every_figure(tmp_path, start):
+    """Of metrics.jsonl, of steps and evaluations, with all that is optional."""
+    rows = train(start, tmp_path / "grpo", algorithm="dapo", log_kl=True)
+    sft.main(sft.Config(init=str(start), out=str(tmp_path / "sft"), device="cpu", steps=1,
+                        batch=2, examples=4, eval_examples=2))
+    rows += [json.loads(line) for line in open(tmp_path / "sft" / "metrics.jsonl")]
+    _, table = (ROOT / "README.md").read_text().split("## What the figures of a run mean")
+    explained = set(re.findall(r"`(\w+)`", table.split("\n## ")[0]))
+    assert set().union(*rows) - {"step"} <= explained
+    assert explained <= set().union(*rows) | {"logprob", "metrics"}
 
 
 def train(start, out, **changes):

@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 
 import pytest
+from PIL import Image
 
 import data
 import evaluate
@@ -472,7 +473,11 @@ KEPT = ROOT / ".github" / "results.json"
 def test_readme_shows_the_kept_results():
     """A table that was edited by hand, or that an older study wrote, is caught."""
     results, text = json.loads(KEPT.read_text()), (ROOT / "README.md").read_text()
-    assert report.readme(text, results) == text
+    kept = json.loads(KEPT.with_name("example.json").read_text())
+    assert report.readme(text, results, kept) == text
+    assert evaluate.text_table(report.example_table(kept)) in text
+    shown = Image.open(KEPT.with_name("task.png")).resize((64, 64), Image.NEAREST)
+    assert shown.tobytes() == data.world_example(*kept["id"].split("/")).images[0].tobytes()
     assert evaluate.text_table(report.verdict_table(results)) in text
     assert (ROOT / ".github" / "capacity.svg").read_text() == next(
         report.charts(results, "capacity"))
