@@ -320,7 +320,7 @@ SHOWN = ("weak", "weak/sft", "weak/grpo")        # who answers the README's ques
 
 
 def kept_example(results, name):
-    """What the models of the first seed said to a question of the test, for .github/example.json."""
+    """What models of the first seed said to a question of the test, for .github/example.json."""
     seed = min(cell["seed"] for cell in results["cells"])
     said = {}
     for cell in results["cells"]:
@@ -374,7 +374,7 @@ def parser():
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("study", nargs="?", default="runs/study", help="directory of a study")
     made.add_argument("--readme", action="store_true", help="write README's part instead")
-    made.add_argument("--example", help="id of a question of the test that README shows from now on")
+    made.add_argument("--example", help="id of a question that README shows from now on")
     return made
 
 
