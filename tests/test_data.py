@@ -594,7 +594,7 @@ def test_what_is_flat_stays(convert):
 def test_chats_that_would_be_misread(read, convert, fields):
     """Of two user turns the last was asked alone; a part that brings its own picture was read
     without it, or as the row's first one. Each stops the converter, or is a bad row after it."""
-    with pytest.raises((AssertionError, AttributeError, LookupError, TypeError, data.DataError)):
+    with pytest.raises((SystemExit, AttributeError, LookupError, TypeError, data.DataError)):
         read(*convert(dict(answer="a") | fields))
 
 
