@@ -132,7 +132,7 @@ def read_traces(path, examples):
         example, response = examples[row["index"]], data.as_text(row["response"])
         if example.question != row["prompt"]:
             raise data.DataError("another question than in --data; expected its --split train")
-        sampled = row.get("response_ids"), row.get("logprobs")
+        sampled = (row["response_ids"], row["logprobs"]) if "logprobs" in row else ()
         kept = replace(example, response=response, sampled=sampled)
         return kept if row["correct"] else None
 

@@ -174,7 +174,7 @@ FAULTS = [
     Fault("sft.py", "one order in every epoch",
           "seed * 1_000_003 + epoch", "seed * 1_000_003", LOOP),
     Fault("sft.py", "traces that are wrong are kept",
-          '**written) if row["correct"] else None', "**written)",
+          'return kept if row["correct"] else None', "return kept",
           "tests/test_sft.py -k rollouts"),
     Fault("sft.py", "log-probs of another answer",
           "zip(examples, responses)]         # by", "zip(examples[1:] + examples[:1], responses)]",
