@@ -15,7 +15,6 @@ import pathlib
 import statistics
 import tempfile
 import time
-from unittest import mock
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -156,8 +155,8 @@ def letters(response, *_):
 
 
 def grpo_step(run, examples, prompts, responses=None):
-    with mock.patch.object(grpo, "reward", letters):
-        return grpo.explore(run, 0, examples, prompts, responses)
+    rollout = functools.partial(grpo.rollout, reward=letters)
+    return grpo.explore(run, 0, examples, prompts, responses, rollout)
 
 
 def copy_speed():
