@@ -277,6 +277,9 @@ def charts(results, name, findings=FINDINGS):
 
 
 def html_table(rows):
+    """With each interval in one line."""
+    rows = [[re.sub(r"(?<=\d) (?=\[)|(?<=,) (?=[-+\d.]+\]$)", "&nbsp;", cell) for cell in row]
+            for row in rows]
     return "<table>" + "".join("<tr><td>" + "<td>".join(row) for row in rows) + "</table>"
 
 
