@@ -82,11 +82,18 @@ def judged(results, findings=FINDINGS):
 
 
 @functools.cache
+def training_answers():
+    """-> {family: Counter of answers}"""
+    answers = defaultdict(Counter)
+    for example in data.World("train", size=6000):
+        answers[example.family][example.answer] += 1
+    return answers
+
+
+@functools.cache
 def blind_levels(splits):
     """-> {split: {family: accuracy of the commonest answer in training}}"""
-    common, levels = defaultdict(Counter), {}
-    for example in data.World("train", size=6000):
-        common[example.family][example.answer] += 1
+    common, levels = training_answers(), {}
     for split in splits:
         right = defaultdict(list)
         for example in data.World(split, size=1200):

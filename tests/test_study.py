@@ -238,7 +238,9 @@ def test_blind_levels_come_from_the_training_set_alone(monkeypatch):
             return one
 
     monkeypatch.setattr(data, "World", Yes)
+    report.training_answers.cache_clear()
     assert report.blind_levels.__wrapped__(["test"])["test"]["comparison"] == 0
+    report.training_answers.cache_clear()
 
 
 # ------------------------------------------------------------------------------ verdicts
