@@ -9,10 +9,8 @@ import argparse
 import ast
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 from typing import NamedTuple
 
 from tests import mutants
@@ -64,13 +62,6 @@ def judge(exercise, root=ROOT):
     return failed or ["nothing ran"] * (done.returncode != 0), done.stdout + done.stderr
 
 
-def copy_of(directory):
-    """The repository without what is not its own, in a directory that is not there yet."""
-    ignored = shutil.ignore_patterns(".git", "runs", "__pycache__", ".pytest_cache", ".venv")
-    shutil.copytree(ROOT, directory, ignore=ignored)
-    return pathlib.Path(directory)
-
-
 def wrong_answers(exercise):
     """The faults of tests/mutants.py that lie in its body, but those of several processes."""
     text = (ROOT / exercise.file).read_text()
@@ -83,14 +74,10 @@ def wrong_answers(exercise):
 def verify(exercise):
     """Yields, of its own body, of none and of each wrong one, whether it is judged rightly."""
     yield "as it is", not judge(exercise)[0]
-    with tempfile.TemporaryDirectory() as directory:
-        path = copy_of(f"{directory}/copy") / exercise.file
-        text = path.read_text()
-        path.write_text(punched(text, exercise.name))
-        yield "a hole", bool(judge(exercise, path.parent)[0])
-        for fault in wrong_answers(exercise):
-            path.write_text(text.replace(fault.old, fault.new))
-            yield fault.what, bool(judge(exercise, path.parent)[0])
+    text = (ROOT / exercise.file).read_text()
+    hole = mutants.Fault(exercise.file, "a hole", text, punched(text, exercise.name))
+    for fault in [hole, *wrong_answers(exercise)]:
+        yield fault.what, mutants.kill(fault._replace(tests=exercise.tests)) is not None
 
 
 def take_out(exercise):
@@ -128,7 +115,7 @@ def parser():
 def main():
     args, known = parser().parse_args(), exercises()
     if args.copy:
-        root = copy_of(args.copy)
+        root = mutants.copy_of(args.copy)
         for exercise in known.values():
             path = root / exercise.file
             path.write_text(punched(path.read_text(), exercise.name))

@@ -486,12 +486,16 @@ FAULTS = [
 ]
 
 
+def copy_of(directory):
+    """The repository without what is not its own, in a directory that is not there yet."""
+    ignored = shutil.ignore_patterns(".git", "runs", "__pycache__", ".pytest_cache", ".venv")
+    return pathlib.Path(shutil.copytree(ROOT, directory, ignore=ignored))
+
+
 def kill(fault):
     """-> the test that fails with this fault in the code, «endless», or None: it survives."""
     with tempfile.TemporaryDirectory() as directory:
-        copy = pathlib.Path(directory) / "copy"
-        ignored = shutil.ignore_patterns(".git", "runs", "__pycache__", ".pytest_cache", ".venv")
-        shutil.copytree(ROOT, copy, ignore=ignored)
+        copy = copy_of(f"{directory}/copy")
         path = copy / fault.file
         text = path.read_text(encoding="utf-8")
         assert text.count(fault.old) == 1, f"{fault.file}: not once: {fault.old!r}"

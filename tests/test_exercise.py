@@ -74,7 +74,7 @@ def test_wrong_answers_are_noticed():
 
 def test_work_is_not_lost(tmp_path, monkeypatch, capsys):
     """A changed file is not touched; a hole can be undone, and is found by --check."""
-    root = exercise.copy_of(tmp_path / "mine")
+    root = mutants.copy_of(tmp_path / "mine")
     for words in (["init", "-q"], ["add", "-A"],
                   ["-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "c"]):
         subprocess.run(["git", *words], cwd=root, check=True)
