@@ -218,6 +218,7 @@ CLAIMS = [("{a}: {n}", "I count {n} {a}", lambda a, n: len(a) == n),
 # an endless one, so their length has a limit.
 GROUPS = {name: f"(?P<{name}>[0-9]{{1,99}})" for name in ("n", "x", "y", "row", "column")}
 GROUPS["a"] = rf"(?P<a>(?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join(SHAPES)}|shape)s?)"
+STYLES = "canonical", "hesitant", "verbose", "answer"                # of traces
 FILLERS = ("Okay, let me look at the table", "Hmm, let me think about this",
            "Wait, I should check that again", "Let me look once more to be safe",
            "Alright, that seems right", "So now I am sure")
@@ -234,11 +235,12 @@ def claim_of(sentence):
     return "", lambda: False, {}
 
 
-def hesitate(rng, steps):
-    """The sentences of the verbose style: the steps R1-style, hesitating and checking twice."""
+def hesitate(rng, steps, style):
+    """The steps R1-style, hesitating and checking twice; verbose ones also in words of their own,
+    which a base never saw."""
     sentences = [rng.choice(FILLERS[:2])]
     for step in steps:
-        said, _, _ = claim_of(step)
+        said = claim_of(step)[0] if style == "verbose" else step
         sentences += [said, rng.choice(FILLERS[2:4]), said] if rng.random() < 0.4 else [said]
     return [*sentences, rng.choice(FILLERS[4:])]
 
@@ -267,7 +269,7 @@ def world_example(split, index, style="canonical", words=False):
     values, steps, answer = ask(rng, scene, family)
     *known, new = FAMILIES[family]
     question = (new if split == "ood" else rng.choice(known)).format(**values)
-    sentences = hesitate(rng, steps) if style == "verbose" else steps
+    sentences = steps if style == "canonical" else hesitate(rng, steps, style)
     response = tagged(answer, "" if style == "answer" else ". ".join(sentences) + ".")
     images = [] if words or split == "text" else [paint(scene)]
     question = IMAGE + question if images else f"The table: {describe(scene)} {question}"
@@ -354,6 +356,10 @@ def read_jsonl(path, convert=None, skip_bad_rows=False):
     if bad:
         print(f"{path}: skipped {len(bad)} bad rows of {len(bad) + len(rows)}; first: {bad[0]}")
     return rows
+
+
+def jsonl_text(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 # What tools call the same part of an example; under several names a row has to say the same.

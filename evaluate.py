@@ -318,23 +318,20 @@ def grouped(rows, key):
     return groups
 
 
-def marks(rows):
-    """-> for each question, whether each of its answers is right"""
-    return [[row["correct"] for row in answers] for answers in grouped(rows, "index").values()]
-
-
 def verdict(row):
-    """What an answer on the tabletop world is worth, in a word."""
-    if not row["correct"]:
-        return "wrong"
-    if not row["formatted"]:
-        return "right"
-    return "faithful" if row["faithful"] else "lucky"
+    """What an answer is worth, in a word. Right after reasons: faithful, or lucky where one is
+    false; wrong after them: misseen where a count or place is false, else misreasoned."""
+    if not row["steps"]:             # no reasons were given, or there is no scene to hold them to
+        return "right" if row["correct"] else "wrong"
+    if row["correct"]:
+        return "faithful" if row["faithful"] else "lucky"
+    seen = [true for sentence, true in row["steps"] if "a" in data.claim_of(sentence)[2]]
+    return "misreasoned" if all(seen) else "misseen"
 
 
 def summary(rows):
     """Rows of one split -> figures. Intervals count questions, not samples."""
-    asked = marks(rows)
+    asked = [[row["correct"] for row in answers] for answers in grouped(rows, "index").values()]
     n, samples = len(asked), min(map(len, asked))
     accuracy = mean(map(mean, asked))
     figures = dict(n=n, accuracy=accuracy, interval=wilson(accuracy * n, n),
@@ -344,7 +341,7 @@ def summary(rows):
                    truncated=mean(row["truncated"] for row in rows))
     if rows[0]["faithful"] is not None:
         figures |= {word: mean(verdict(row) == word for row in rows)
-                    for word in ("faithful", "lucky")}
+                    for word in ("faithful", "lucky", "misseen", "misreasoned")}
     if samples > 1:
         figures["pass_at"] = {k: mean(pass_at_k(len(some), sum(some), k) for some in asked)
                               for k in (2 ** i for i in range(samples.bit_length()))}
@@ -474,6 +471,7 @@ class Config(CommonConfig):
     samples: int = option(1, "answers per question; above 1 also pass@k", least=1)
     temperature: float = option(None, "0 is greedy (default: 0 for one sample, else 1)")
     out: str = option(None, "file for one JSON row per answer")
+    page: str = option(None, "HTML file that shows pictures, questions, answers, verdicts")
 
 
 def load_examples(c, split, limit=None):
@@ -493,13 +491,14 @@ def answer_all(directory, c):
                             c.max_new_tokens, c.seed)
 
 
-COLUMNS = ["accuracy", "faithful", "lucky", "format", "parsed", "tokens"]    # of the tables
+COLUMNS = ["accuracy", "faithful", "lucky", "misseen", "misreasoned", "format", "parsed",
+           "tokens"]                 # of the tables
 
 
 def columns(figures):
     """The figures of a split or a family as cells under COLUMNS, shares in percent."""
     value, low, high = (100 * share for share in (figures["accuracy"], *figures["interval"]))
-    shares = [f"{100 * figures[name]:.1f}" if name in figures else "" for name in COLUMNS[1:5]]
+    shares = [f"{100 * figures[name]:.1f}" if name in figures else "" for name in COLUMNS[1:-1]]
     return [f"{value:.1f} [{low:.0f}, {high:.0f}]", *shares, f"{figures['length']:.1f}"]
 
 
@@ -512,9 +511,10 @@ def text_table(rows):
 
 def main(c):
     rows = list(answer_all(c.model, c))
+    c.out = c.out or c.page and f"{c.page}.jsonl"
     if c.out and RANK == 0:          # it may be a link or a pipe: written, not replaced
         pathlib.Path(c.out).parent.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(c.out).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pathlib.Path(c.out).write_text(data.jsonl_text(rows))
     table = [["split", "family", *COLUMNS, "pass"]]
     for split, whole in summaries(rows).items():
         print(f"{split}: {whole['n']} of {len(load_examples(c, split))} questions")
@@ -522,6 +522,8 @@ def main(c):
             passes = [f"pass@{k} {share:.1%}" for k, share in figures.get("pass_at", {}).items()]
             table.append([split, family, *columns(figures), " ".join(passes)])
     print(text_table(table))
+    if c.page:
+        run_command(shlex.join(["python", "tests/report.py", c.out, c.data, c.page]))
 
 
 # ----------------------------------------------------------------------------------- the study
@@ -534,8 +536,7 @@ AGES = {"small": "small", "weak": "base/step-800", "middle": "base/step-1200", "
 BASES = {"base": "--keep 800,1200", "small": "--size xs"}
 YOUNG = ("weak", "middle", "strong")
 GRID = [f"middle/sft --lr {lr} --epochs {n}" for lr in ("1e-3", "3e-3", "1e-2") for n in (3, 6)]
-GRID += [f"middle/grpo --lr {lr} --steps {n}"
-         for lr in ("2e-4", "5e-4", "1e-3") for n in (100, 200)]
+GRID += [f"middle/grpo --lr {lr} --steps {n}00" for lr in ("2e-4", "5e-4", "1e-3") for n in (1, 2)]
 
 
 class Finding(NamedTuple):
@@ -594,13 +595,13 @@ FINDINGS = {
             lambda a: a("strong/grpo") - a("strong/grpo --grader lenient")}),
     "traces": Finding(
         "Which traces are worth learning?", "base", ("middle", "strong"), ("test", "ood", "text"),
-        {"short": "{}/sft", "verbose": "{}/sft --traces verbose",
-         "answers alone": "{}/sft --traces answer", "its own": "{0}/sft --traces @{0}",
-         "the strong's": "{}/sft --traces @strong"},
+        {"short": "{}/sft", "hesitant": "{}/sft --traces hesitant",
+         "verbose": "{}/sft --traces verbose", "answers alone": "{}/sft --traces answer",
+         "its own": "{0}/sft --traces @{0}", "the strong's": "{}/sft --traces @strong"},
         {"short traces lose nothing ood (strong base)":
             lambda a: a("strong/sft", "ood") - a("strong", "ood"),
-         "and verbose ones do":
-            lambda a: a("strong", "ood") - a("strong/sft --traces verbose", "ood"),
+         "and hesitant ones do":
+            lambda a: a("strong", "ood") - a("strong/sft --traces hesitant", "ood"),
          "the likelier the traces, the better there (middle base, 100 ρ)": likely_traces})}
 # Of each: its cells, the evaluation's options, and what the commands of a script end with.
 PRESETS = {
@@ -706,16 +707,6 @@ def course(rows, parameters, spent):
     return points
 
 
-def gains(points):
-    """By how much the reward and held-out accuracy rose, best minus last held-out accuracy, and
-    Spearman's ρ of the two after the first third."""
-    reward, held_out = ([point[name] for point in points[1:]] for name in ("reward", "held_out"))
-    late = len(points) // 3
-    return dict(reward_gain=reward[-1] - reward[0], held_out_gain=held_out[-1] - held_out[0],
-                regret=max(held_out) - held_out[-1],
-                spearman=spearman(reward[late:], held_out[late:]))
-
-
 def run_cell(cell, c, seed, locks):
     """Makes a cell's model and lets it answer -> the cell, with its commands and figures. It costs
     what all trainings on the way to it cost, but for the base."""
@@ -732,8 +723,7 @@ def run_cell(cell, c, seed, locks):
             rows = data.read_jsonl(path)
             points = course(rows, (run / "model.safetensors").stat().st_size / 4, spent)
             spent = {name: points[-1][name] for name in COSTS}
-            figures = gains(points) if "reward" in rows[1] else {}
-            figures |= dict(trace_logprob=rows[1]["logprob"]) if "logprob" in rows[1] else {}
+            figures = dict(trace_logprob=rows[1]["logprob"]) if "logprob" in rows[1] else {}
             figures |= dict(points=points, labels=read_json(run / "run.json")["examples"]) | spent
     splits = summaries(data.read_jsonl(unquoted(f"{model}/answers.jsonl")))
     for whole in splits.values():

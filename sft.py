@@ -83,7 +83,7 @@ class Config(RunConfig):
     """Options of sft.py. steps: by epochs, 2200 for the base."""
     stage: str = option("sft", "base: mixed pretraining from scratch; sft", ("base", "sft"))
     size: str = option("s", "size of a model made from scratch", tuple(SIZES))
-    traces: str = option("canonical", "canonical, verbose, answer, or a file of rollouts")
+    traces: str = option("canonical", f"{', '.join(data.STYLES)}, or a file of rollouts")
     epochs: int = option(3, "passes over the examples", least=1)
     batch: int = option(64, "examples per step", least=1)
     weight: str = option("nll", "token weight", tuple(WEIGHTS))
@@ -115,7 +115,7 @@ def imitate(run, step, examples, prompts, responses):
 
 def training_examples(c):
     """-> sequence of Example. Of a file of rollouts (evaluate.py --out), the right ones."""
-    if c.traces not in ("canonical", "verbose", "answer"):
+    if c.traces not in data.STYLES:
         return read_traces(c.traces, load_examples(c, "train"))
     if c.data != "world" and c.traces != "canonical":
         raise data.DataError(f"--traces {c.traces}: of the world alone; a file has its own answers")
@@ -300,7 +300,7 @@ class Run:
             self.restore()
             rows = data.read_jsonl(metrics, skip_bad_rows=True)  # a kill may leave half a row
         kept = [row for row in rows if isinstance(row, dict) and row.get("step", 0) <= self.step]
-        write_file(metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        write_file(metrics, data.jsonl_text(kept))
 
     def restore(self):
         tensors = read_file(load_file, self.state)
@@ -360,16 +360,18 @@ class Run:
         return norm
 
     def validate(self):
-        """Greedy accuracy on the split val (never trained on, not the test)."""
+        """Greedy answers on the split val (never trained on, not the test): kept, and one shown."""
         c = self.config
         examples = load_examples(c, "val", c.eval_examples)
         self.sampler.refresh()
         rows = evaluate(self.sampler, self.processor, examples, "val", new_tokens=c.max_new_tokens)
         figures = summary(rows)
         self.log(step=self.step, **{f"val_{name}": value for name, value in figures.items()})
+        write_file(self.out / "answers" / f"step-{self.step}.jsonl", data.jsonl_text(rows))
         low, high = figures["interval"]
         tqdm.write(f"step {self.step}: val accuracy {figures['accuracy']:.1%} [{low:.1%}, "
-                   f"{high:.1%}], format {figures['format']:.1%}, {figures['length']:.1f} tokens")
+                   f"{high:.1%}], format {figures['format']:.1%}, {figures['length']:.1f} tokens\n"
+                   f"    {rows[0]['prompt']} -> {rows[0]['response']}")
 
     def log(self, **row):
         self.metrics.write(json.dumps(row) + "\n")

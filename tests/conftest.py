@@ -15,6 +15,8 @@ import torch
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)             # pytest-xdist has a process for each core
+os.environ["OMP_NUM_THREADS"] = "1"  # of what a test starts
 
 QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                "<|image_pad|>"]

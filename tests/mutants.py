@@ -1,7 +1,7 @@
 """python -m tests.mutants: breaks one line at a time, and prints which test notices.
 
-A test that cannot fail is worse than none. Each fault is a line of the six modules, of report.py
-or of a paper, and a wrong one in its place; it is put into a copy of the repository, and the tests
+A test that cannot fail is worse than none. Each fault is a line of the six modules, of report.py,
+of a paper or of the loophole, and a wrong one in its place; it is put into a copy of the repository, and the tests
 of that file run there until one fails. All of them take about half an hour on two cores; `--only
 WORD` takes those whose file or description has the word. tests/test_mutants.py runs those of
 `rollout` and `explore`.
@@ -371,7 +371,7 @@ FAULTS = [
           'stands = stands and row["p"] * left < 0.05', 'stands = row["p"] * left < 0.05', STUDY),
     Fault("tests/report.py", "no correction for many claims",
           'row["p"] * left < 0.05', 'row["p"] < 0.05', STUDY),
-    Fault("evaluate.py", "the best of a run is its last",
+    Fault("tests/report.py", "the best of a run is its last",
           "regret=max(held_out) - held_out[-1]", "regret=max(held_out) - max(held_out)", STUDY),
     # the world
     Fault("data.py", "a base reasons more before a picture than in words",
@@ -481,6 +481,23 @@ FAULTS = [
     Fault("tests/papers/vlaa.py", "the letter of another choice",
           ".index(gold)]", ".index(gold) - 1]",
           PAPERS.format("mixed")),
+    Fault("evaluate.py", "false counts are mistakes of reasoning",
+          '"misreasoned" if all(seen) else "misseen"', '"misseen" if all(seen) else "misreasoned"',
+          "tests/test_evaluate.py -k worth"),
+    Fault("evaluate.py", "arithmetic is a thing seen",
+          ' if "a" in data.claim_of(sentence)[2]]', "]", "tests/test_evaluate.py -k worth"),
+    Fault("data.py", "hesitant traces have words of their own",
+          'if style == "verbose" else step', 'if style != "canonical" else step',
+          "tests/test_data.py -k hesitant"),
+    Fault("sft.py", "only the last answers are kept",
+          'f"step-{self.step}.jsonl"', '"step-6.jsonl"', "tests/test_sft.py -k validation"),
+    Fault("tests/report.py", "lucky answers are faithful",
+          '[whole["faithful"] / whole', '[whole["lucky"] / whole', "tests/test_study.py -k faithful"),
+    Fault("tests/loophole.py", "hacks of a model that says so anyway",
+          "hacks=lied[1] - lied[0]", "hacks=lied[1]", "tests/test_loophole.py"),
+    Fault("tests/loophole.py", "the marks of training lie",
+          "marked(example, example.answer, c.mark)", 'marked(example, "yes", c.mark)',
+          "tests/test_loophole.py"),
     Fault("tests/papers/__init__.py", "measured again",
           "figures.keys() - cell.keys()", "figures.keys()", PAPERS.format("measures")),
 ]

@@ -4,6 +4,8 @@ study ends with it.
 
     --example test/337    keeps what models said to a question, in .github/example.json
     --readme              writes README's tables and pictures from the files in .github
+
+python tests/report.py ANSWERS.jsonl DATA PAGE.html: the page of evaluate.py --page.
 """
 import argparse
 import base64
@@ -28,7 +30,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))        # it is also run as a file, by the study
 
 import data
-from evaluate import AGES, COLUMNS, FINDINGS, columns, grade, grouped, judge, text_table, verdict
+from evaluate import (AGES, COLUMNS, FINDINGS, check_gold, columns, grade, grouped, judge, spearman,
+                      text_table, verdict, wilson)
 from model import read_json, write_file
 
 TUNED = ROOT / ".github" / "tune.json"           # results.json of evaluate.py study --preset tune
@@ -48,6 +51,25 @@ def t_interval(values):
     p = 1 - within[torch.searchsorted(ANGLES, angle)].item()
     t = math.sqrt(n - 1) * ANGLES[torch.searchsorted(within, 0.95)].tan().item()
     return middle, middle - t * error, middle + t * error, p
+
+
+def gains(points):
+    """Of the course of a run of a reward: by how much that and held-out accuracy rose after the
+    first steps, best minus last held-out accuracy, and Spearman's ρ of the two after the first
+    third. {} of another run's."""
+    if not points or "reward" not in points[-1]:
+        return {}
+    reward, held_out = ([point[name] for point in points[1:]] for name in ("reward", "held_out"))
+    late = len(points) // 3
+    return dict(reward_gain=reward[-1] - reward[0], held_out_gain=held_out[-1] - held_out[0],
+                regret=max(held_out) - held_out[-1],
+                spearman=spearman(reward[late:], held_out[late:]))
+
+
+def read_results(path):
+    """results.json of a study, its cells with their gains."""
+    cells = read_json(path)["cells"]
+    return dict(cells=[cell | gains(cell.get("points")) for cell in cells])
 
 
 def known_figures(results):
@@ -136,6 +158,21 @@ def pooled(cells, split):
     return figures | dict(interval=(low, high) if len(cells) > 1 else wholes[0]["interval"])
 
 
+def faithful_of_right(cells, split):
+    """Share of the right answers that are faithful, in percent, with the t interval over seeds; of
+    one seed with Wilson's."""
+    wholes = [cell["splits"][split] for cell in cells]
+    shares = [whole["faithful"] / whole["accuracy"] for whole in wholes
+              if whole.get("faithful") is not None and whole["accuracy"]]
+    if not shares:
+        return ""
+    middle, *interval, _ = t_interval(shares)
+    if len(shares) == 1:
+        interval = wilson(*(wholes[0][name] * wholes[0]["n"] for name in ("faithful", "accuracy")))
+    low, high = interval
+    return f"{100 * middle:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
 def plain(number):
     """Two digits at most, and no zeros at the end."""
     return f"{number:.2f}".rstrip("0").rstrip(".")
@@ -150,7 +187,7 @@ def main_table(results):
     splits = results["cells"][0]["splits"]
     blind = {split: mean(levels.values()) for split, levels in blind_levels((*splits,)).items()}
     first = next(iter(blind))
-    more = [*COLUMNS[1:], *SCALES]
+    more = [*COLUMNS[1:], "faithful of right", *SCALES]
     shown = [f"{100 * level:.1f}" for level in blind.values()]
     rows = [["model", "seeds", "collapsed", *blind, *more],
             ["blind", "", "", *shown, *[""] * len(more)]]
@@ -161,6 +198,7 @@ def main_table(results):
                   for figure, scale in SCALES.items()]
         accuracies = [accuracy for accuracy, *_ in of_splits]
         rows.append([name, str(len(cells)), str(collapsed), *accuracies, *of_splits[0][1:],
+                     faithful_of_right(cells, first),
                      *(plain(mean(some)) if some else "" for some in scaled)])
     return rows
 
@@ -293,11 +331,13 @@ def html_table(rows):
 HEAD = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>SFT and GRPO</title><style>body{margin:3vw;font:15px/1.5 sans-serif}svg{max-width:100%}
 table{display:block;overflow-x:auto}td{padding:.2em .5em}tr:first-child{font-weight:bold}
-img{height:160px}.True,.faithful{color:#0b6e4f}.lucky{color:#b36b00}.False,.wrong{color:#b3261e}
-</style>"""
+:root{color-scheme:light dark}pre{white-space:pre-wrap}img{height:160px;max-width:100%}
+.True,.faithful,.right{color:light-dark(#0b6e4f,#5cc79f)}.lucky{color:light-dark(#8f5600,#e0a84a)}
+.False,.wrong,.misseen,.misreasoned{color:light-dark(#b3261e,#ff8a80)}</style>"""
 NOTES = """Accuracy in percent, means over seeds with 95 % t intervals over seeds (of one seed:
 Wilson's, over its questions); every dot is a seed. Blind: the commonest training answer of each
 family. Collapsed: seeds below that. Faithful: right, every step true; lucky: right, one false.
+Misseen: wrong, with a false count or place; misreasoned: wrong though what it saw was true.
 Costs are those of all trainings after the base: questions with an answer, seconds, TFLOP, thousands
 of tokens trained on and sampled. Spearman's ρ: of reward and held-out accuracy over the evaluations
 after a run's first third, so few that ρ is negative by chance in 11 to 22 % of runs that truly
@@ -311,19 +351,38 @@ def answers_of(cell):
     return pathlib.Path(shlex.split(cell["commands"][-1])[-1])
 
 
-def rollout_table(cells, rows):
-    """One question put to every model, with each step marked; what a model wrote is escaped."""
-    example, file = data.world_example(*rows[0]["id"].split("/")), io.BytesIO()
-    example.images[0].save(file, "PNG")
-    picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    table = [[f'<img src="{picture}">', example.question.removeprefix(data.IMAGE), example.answer]]
-    for cell, row in zip(cells, rows):
-        steps = grade(row["response"], example).steps or [(row["response"], None)]
+def shown(picture):
+    """-> an <img> of it, at most 480 pixels wide or high"""
+    small, file = picture.copy(), io.BytesIO()
+    small.thumbnail((480, 480))
+    small.save(file, "WEBP", quality=90)
+    return f'<img src="data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
+def rollout_table(example, names, rows):
+    """Answers to one question, with each step marked. What people and models wrote is escaped."""
+    question = html.escape(example.question.replace(data.IMAGE, ""))
+    pictures = "".join(map(shown, example.pictures()))
+    table = [[pictures, question, html.escape(example.answer)]]
+    for name, row in zip(names, rows):
+        steps = row["steps"] or [(row["response"], None)]
         said = ". ".join(f"<span class={true}>{html.escape(step)}</span>" for step, true in steps)
         answer = html.escape(data.extract_answer(row["response"]))
         worth = f"<span class={verdict(row)}>{verdict(row)}</span>"
-        table.append([cell["cell"], f"{said} <b>{answer}</b>", worth])
+        table.append([name, f"{said} <b>{answer}</b>", worth])
     return html_table(table)
+
+
+def answers_page(rows, source):
+    """The page of evaluate.py --page: answers to questions of the world or of a file."""
+    page = f"{HEAD}<h1>Answers</h1>"
+    for split, some in grouped(rows, "split").items():
+        count = 1 + max(row["index"] for row in some)
+        examples = data.load_dataset(source, split, count, True, check_gold)
+        page += f"<h2>{split}</h2>"
+        for index, answers in grouped(some, "index").items():
+            page += rollout_table(examples[index], [""] * len(answers), answers)
+    return page
 
 
 SHOWN = ("weak", "weak/sft", "weak/grpo")        # who answers the README's question
@@ -361,12 +420,14 @@ def report(results):
     page += "<h2>Is the world neither too easy nor too hard?</h2>"
     page += html_table(calibration_table(results))
     page += "<h2>Rates and steps, tried on a seed of its own</h2>"
-    page += html_table(main_table(read_json(TUNED)))
+    page += html_table(main_table(read_results(TUNED)))
     page += "<h2>Rollouts (green: a true step, red: a false one)</h2>"
     cells = [cell for cell in results["cells"] if answers_of(cell).exists()]
     cells = [cell for cell in cells if cell["seed"] == cells[0]["seed"]]
+    names = [cell["cell"] for cell in cells]
     answers = zip(*(data.read_jsonl(answers_of(cell)) for cell in cells))      # by question
-    page += "".join(rollout_table(cells, rows) for rows in itertools.islice(answers, 12))
+    for rows in itertools.islice(answers, 12):
+        page += rollout_table(data.world_example(*rows[0]["id"].split("/")), names, rows)
     commands = dict.fromkeys(line for cell in results["cells"] for line in cell["commands"])
     return f"{page}<h2>Commands</h2><pre>{html.escape(chr(10).join(commands))}</pre>"
 
@@ -382,7 +443,10 @@ def readme(text, results, kept):
 def parser():
     made = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("study", nargs="?", default="runs/study", help="directory of a study")
+    made.add_argument("study", nargs="?", default="runs/study", help="directory of a study, or a "
+                      "file of answers; then also")
+    made.add_argument("source", nargs="?", help="what was asked: world, or a file")
+    made.add_argument("page", nargs="?", help="the HTML file to write")
     made.add_argument("--readme", action="store_true", help="write README's part instead")
     made.add_argument("--example", help="id of a question that README shows from now on")
     return made
@@ -391,14 +455,18 @@ def parser():
 def main(options):
     path, kept = ROOT / "README.md", ROOT / ".github" / "example.json"
     if options.readme:
-        results = read_json(ROOT / ".github" / "results.json")
+        results = read_results(ROOT / ".github" / "results.json")
         path.write_text(readme(path.read_text(), results, read_json(kept)))
         (ROOT / ".github" / "capacity.svg").write_text(next(charts(results, "capacity")))
         picture = data.world_example(*read_json(kept)["id"].split("/")).images[0]
         picture.resize((256, 256), Image.NEAREST).save(ROOT / ".github" / "task.png")
         return
+    if options.page:
+        rows = data.read_jsonl(options.study)
+        write_file(options.page, answers_page(rows, options.source))
+        return
     study = pathlib.Path(options.study)
-    results = read_json(study / "results.json")
+    results = read_results(study / "results.json")
     if options.example:
         write_file(kept, json.dumps(kept_example(results, options.example), ensure_ascii=False))
         return

@@ -223,7 +223,7 @@ def test_training_never_names_held_out_pairs():
         assert len(set(boxed)) == len(boxed)
 
 
-@pytest.mark.parametrize("style", ["canonical", "verbose"])
+@pytest.mark.parametrize("style", ["canonical", "hesitant", "verbose"])
 @pytest.mark.parametrize("split", ["train", "ood"])
 def test_rationales_are_true_and_lies_are_found(style, split):
     """A checker that says True to all rewards any text; one that errs punishes the truth."""
@@ -233,12 +233,31 @@ def test_rationales_are_true_and_lies_are_found(style, split):
         sentences, verdicts = zip(*data.check_steps(example.scene, thought))
         assert ". ".join(sentences) + "." == thought
         assert list(verdicts) == [None if s in data.FILLERS else True for s in sentences]
-        assert (None in verdicts) == (style == "verbose")
+        assert (None in verdicts) == (style != "canonical")
         assert {*re.findall(r"\d+", example.response)} == {*re.findall(r"\d+", short.response)}
         for k in (k for k, verdict in enumerate(verdicts) if verdict):
             lie = ". ".join((*sentences[:k], corrupt(sentences[k]), *sentences[k + 1:])) + "."
             assert [v for _, v in data.check_steps(example.scene, lie)] == [
                 *verdicts[:k], False, *verdicts[k + 1:]]
+
+
+def test_hesitant_traces_say_the_short_ones_steps():
+    """In their words and order, some of them twice, between fillers: longer, and nothing new. The
+    verbose ones hesitate in the same places."""
+    lengths = collections.Counter()
+    for i in range(200):
+        said = {}
+        for style in ("canonical", "hesitant", "verbose"):
+            example = data.world_example("train", i, style)
+            thought = re.fullmatch("<think>(.*)[.]</think><answer>.*</answer>", example.response)[1]
+            said[style] = thought.split(". ")
+            lengths[style] += len(said[style])
+        new = [part for part in said["hesitant"] if part not in data.FILLERS]
+        assert [*dict.fromkeys(new)] == [*dict.fromkeys(said["canonical"])]
+        fillers = [[part if part in data.FILLERS else "" for part in said[style]]
+                   for style in ("hesitant", "verbose")]
+        assert fillers[0] == fillers[1] and fillers[0][0] and fillers[0][-1]
+    assert lengths["hesitant"] == lengths["verbose"] > 2 * lengths["canonical"] > 0
 
 
 @pytest.mark.parametrize("text", [

@@ -1,11 +1,14 @@
 """The grader's truth table, the statistics, the command line, and what an evaluation writes."""
 import ast
+import base64
+import io
 import itertools
 import json
 import math
 import os
 import pathlib
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -14,6 +17,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from PIL import Image
 
 import data
 import evaluate
@@ -590,6 +594,25 @@ def test_faithful_and_lucky():
     assert not verdict(true, "99").faithful and not verdict(true, "99").correct
 
 
+@pytest.mark.parametrize("thought, answer, word", [
+    ("triangles: 2. circles: 3. 2 + 3 = 5.", "5", "faithful"),
+    ("triangles: 1. circles: 4. 1 + 4 = 5.", "5", "lucky"),
+    ("triangles: 2. circles: 4. 2 + 4 = 6.", "6", "misseen"),
+    ("I count 4 circles. Okay, let me look at the table.", "4", "misseen"),
+    ("triangles: 2. circles: 3. 2 + 3 = 6.", "6", "misreasoned"),
+    ("triangles: 2. circles: 3. 2 + 3 = 5.", "6", "misreasoned"),
+    ("Hello there.", "6", "misreasoned"), ("", "5", "right"), ("", "6", "wrong")])
+def test_what_an_answer_is_worth(thought, answer, word):
+    """A false count is one of seeing, false arithmetic is not, nor is an answer that does not
+    follow; without reasons nothing can be said but right or wrong."""
+    scene = [data.Thing("red", "circle", 1, k + 1, None) for k in range(3)]
+    scene += [data.Thing("blue", "triangle", 2, k + 1, None) for k in range(2)]
+    example = data.Example("x", "?", "5", scene=scene)
+    assert evaluate.verdict(vars(evaluate.grade(data.tagged(answer, thought), example))) == word
+    unseen = vars(evaluate.grade(data.tagged(answer, thought), data.Example("x", "?", "5")))
+    assert evaluate.verdict(unseen) == ("right" if answer == "5" else "wrong"), "of a file"
+
+
 @pytest.mark.parametrize("response, formatted", [
     ("<think>a</think><answer>5</answer>", True), ("<think>a</think> \n<answer>5</answer>", True),
     ("<answer>5</answer>", False), ("<think></think><answer>5</answer>", False),
@@ -643,13 +666,15 @@ def test_summary_counts_questions_not_samples():
     """Every row of a file had the id 7, and five questions were one: a row's place tells them
     apart. What was not parsed has its own figure."""
     rows = [dict(id="7", index=i, split="test", family="count", correct=s < i, formatted=True,
-                 faithful=s == 0 and i > 0, truncated=False, response_ids=[1, 2], parsed=i > 0)
+                 faithful=s == 0 and i > 0, truncated=False, response_ids=[1, 2], parsed=i > 0,
+                 steps=[("circles: 2", s < 3)])
             for i in range(5) for s in range(4)]
     figures = evaluate.summaries(rows)["test"]
     assert figures["n"] == 5 and figures["accuracy"] == 0.5 and figures["length"] == 2
     assert figures["interval"] == evaluate.wilson(2.5, 5)
     assert figures["pass_at"] == {1: 0.5, 2: (0 + 1 / 2 + 5 / 6 + 1 + 1) / 5, 4: 0.8}
     assert math.isclose(figures["lucky"], (10 - 4) / 20) and figures["parsed"] == 0.8
+    assert (figures["misseen"], figures["misreasoned"]) == (4 / 20, 6 / 20)     # s is 3, or not
     assert dict(zip(evaluate.COLUMNS, evaluate.columns(figures)))["parsed"] == "80.0"
 
 
@@ -711,6 +736,27 @@ def test_splits_of_a_file(tmp_path, directory, questions, capsys, split, limit, 
     assert [row["prompt"] for row in rows] == [f"What is {i}?" for i in places]
     said = capsys.readouterr().out
     assert f"{told} questions" in said and "| split |" in said
+
+
+def test_page_of_own_pictures(tmp_path, directory):
+    """Pictures, questions, answers and verdicts; what stands in the file is escaped, rows that are
+    left out do not move the pictures of the others."""
+    path, page = tmp_path / "own's rows.jsonl", tmp_path / "page one.html"
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (900, 30), colour).save(tmp_path / f"{name}.png")
+    rows = [dict(image="a.png", question="<b>Red?</b>", answer="<i>yes</i>"), dict(question="?"),
+            dict(image="b.png", question="Blue?", answer="7")]
+    path.write_text(data.jsonl_text(rows))
+    evaluate.main(config(directory, path, page=str(page), skip_bad_rows=True))
+    text = page.read_text()
+    assert "&lt;b&gt;Red?" in text and "&lt;i&gt;yes" in text
+    assert "<b>Red" not in text and "<image>" not in text and "class=wrong" in text
+    pictures = [Image.open(io.BytesIO(base64.b64decode(found)))
+                for found in re.findall('src="data:image/webp;base64,([^"]*)"', text)]
+    assert [one.size for one in pictures] == [(480, 16)] * 2
+    (red, _, _), (_, _, blue) = (one.convert("RGB").getpixel((99, 8)) for one in pictures)
+    assert min(red, blue) > 200
+    assert len(data.read_jsonl(f"{page}.jsonl")) == 2
 
 
 @pytest.mark.parametrize("split", ["test", "ood", "vall", ",val"])

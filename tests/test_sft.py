@@ -24,7 +24,7 @@ import model as models
 import sft
 
 ROOT = pathlib.Path(__file__).parents[1]
-ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="2", CUDA_VISIBLE_DEVICES="")
+ENVIRONMENT = dict(os.environ, CUDA_VISIBLE_DEVICES="")
 
 
 def command(script, out, start, *more):
@@ -519,8 +519,9 @@ def test_gradients_are_clipped(tmp_path, start):
 
 
 @pytest.mark.parametrize("kind", ["world", "file"])
-def test_validation_is_on_the_split_val(tmp_path, start, monkeypatch, kind):
-    """Never on train or test; and training never sees what is validated on."""
+def test_validation_is_on_the_split_val(tmp_path, start, monkeypatch, capsys, kind):
+    """Never on train or test; and training never sees what is validated on. The answers are kept,
+    and the first is shown."""
     seen = {"val": set(), "train": set()}
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(dict(question=f"{i}?", answer=i)) + "\n"
@@ -537,6 +538,11 @@ def test_validation_is_on_the_split_val(tmp_path, start, monkeypatch, kind):
     expected = {f"val/{i}" for i in range(30)} if kind == "world" else {
         f"{path}:{i}" for i in range(58, 61)}
     assert seen["val"] == expected and not seen["train"] & expected
+    shown = capsys.readouterr().out
+    for step in (0, 6):
+        kept = data.read_jsonl(tmp_path / "run" / "answers" / f"step-{step}.jsonl")
+        assert {row["id"] for row in kept} == expected
+        assert f"{kept[0]['prompt']} -> {kept[0]['response']}" in shown
     if kind == "world":
         assert seen["train"] <= {f"train/{i}" for i in range(60)}
 

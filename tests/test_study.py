@@ -211,7 +211,7 @@ def test_course_of_a_run():
 def test_gains_of_a_deceptive_reward():
     points = [dict(held_out=0.5)] + [dict(reward=r, held_out=h) for r, h in (
         (0.2, 0.5), (0.3, 0.6), (0.5, 0.55), (0.6, 0.5), (0.7, 0.4), (0.8, 0.3))]
-    figures = evaluate.gains(points)
+    figures = report.gains(points)
     assert figures["spearman"] == pytest.approx(-1)
     assert figures["reward_gain"] == pytest.approx(0.6)
     assert figures["held_out_gain"] == pytest.approx(-0.2)
@@ -298,7 +298,7 @@ FAIR = ["from the weak base, SFT leads GRPO",
         "SFT gains in words (strong)",
         "a lenient reward is worth less (strong base)",
         "short traces lose nothing ood (strong base)",
-        "and verbose ones do",
+        "and hesitant ones do",
         "SFT first makes the regret of GRPO smaller (weak base)"]      # 0 where nothing differs
 
 
@@ -307,7 +307,7 @@ def test_false_alarms_of_a_study_in_which_nothing_differs():
     of 300 studies 15 are expected at most, 27 are three standard deviations more."""
     rng, alarms, families = random.Random(0), 0, 0
     cells = ["weak", "strong", "weak/sft", "weak/grpo", "weak/sft/grpo", "strong/sft",
-             "strong/grpo", "strong/grpo --grader lenient", "strong/sft --traces verbose"]
+             "strong/grpo", "strong/grpo --grader lenient", "strong/sft --traces hesitant"]
     for _ in range(300):
         rows = [row for row in report.judged(made_up(rng, 8, cells)) if row["claim"] in FAIR]
         assert len(rows) == len(FAIR)
@@ -389,9 +389,9 @@ def test_report_is_self_contained_and_escapes(out):
     path.write_text(kept)
     links.feed(page)
     assert "script" not in links.tags and "&lt;script&gt;" in page
-    assert links.found and all(link.startswith("data:image/png;base64,") for link in links.found)
+    assert links.found and all(link.startswith("data:image/webp;base64,") for link in links.found)
     assert links.tags["img"] == 12 and links.tags["svg"]
-    assert re.search("class=(faithful|lucky|right|wrong)", page)
+    assert re.search("class=(faithful|lucky|right|wrong|mis)", page)
 
 
 def test_report_begins_with_verdicts_and_has_every_command(out):
@@ -423,6 +423,21 @@ def test_calibration_of_a_seed_whose_figures_are_known(monkeypatch):
     *_, row = table = report.calibration_table(results)
     assert row == ["0", "10", "70", "19", "20", "80", "60", "95", "76"]
     assert len(table) == 3 and all(len(row) == 9 for row in table)
+
+
+def test_faithful_of_right_by_hand():
+    """Over seeds a t interval, of one Wilson's over its right answers; a model that is never right
+    says nothing."""
+    results = made_up(random.Random(0), 3, ["weak"])
+    wholes = [cell["splits"]["test"] for cell in results["cells"]]
+    for whole, accuracy, faithful in zip(wholes, (0.5, 0.8, 0.0), (0.3, 0.6, 0.0)):
+        whole.update(accuracy=accuracy, faithful=faithful, n=100)
+    _, low, high, _ = report.t_interval([60.0, 75.0])
+    assert report.faithful_of_right(results["cells"], "test") == f"67.5 [{low:.0f}, {high:.0f}]"
+    low, high = evaluate.wilson(30, 50)
+    expected = f"60.0 [{100 * low:.0f}, {100 * high:.0f}]"
+    assert report.faithful_of_right(results["cells"][:1], "test") == expected
+    assert report.faithful_of_right(results["cells"][2:], "test") == ""
 
 
 def test_deceptive_rewards_of_three_seeds():

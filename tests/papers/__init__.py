@@ -66,19 +66,24 @@ def measured(finding, results, figures):
     return rows
 
 
-def run_paper(finding, train, Config, doc, **figures):
-    """The command line of a paper's file."""
+def run_paper(finding, train, Config, doc, page=None, **figures):
+    """The command line of a paper's file, and what is measured of its models. page(c, results):
+    HTML, to be written beside results.json."""
+    name = pathlib.Path(sys.argv[0]).stem
+
     def training(c):
-        c.out = c.out or f"runs/{pathlib.Path(sys.argv[0]).stem}"
+        c.out = c.out or f"runs/{name}"
         train(c)
 
     def comparison(c):
         compare([finding], c)
         measure(finding, c, **figures)
-        results = read_json(pathlib.Path(c.out) / "results.json")
+        results = report.read_results(pathlib.Path(c.out) / "results.json")
         print(evaluate.text_table(report.verdict_table(results, {"": finding})))
         if figures:
             print(evaluate.text_table(measured(finding, results, figures)))
+        if page:
+            write_file(pathlib.Path(c.out) / f"{name}.html", page(c, results))
 
     if sys.argv[1:2] == ["train"] and train:
         run_script(training, Config, doc, sys.argv[2:])

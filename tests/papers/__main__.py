@@ -4,7 +4,7 @@ import importlib
 import pathlib
 
 from evaluate import StudyConfig, run_script, text_table
-from model import read_json, write_file
+from model import write_file
 from tests import report
 from tests.papers import compare, measure, measured
 
@@ -30,7 +30,7 @@ def main(c):
     compare(FINDINGS.values(), c)
     for name, finding in FINDINGS.items():
         measure(finding, c, **MEASURES[name])
-    results = read_json(pathlib.Path(c.out) / "results.json")
+    results = report.read_results(pathlib.Path(c.out) / "results.json")
     print(text_table(report.verdict_table(results, FINDINGS)))
     write_file(pathlib.Path(c.out) / "papers.html", page(results))
 

@@ -56,7 +56,7 @@ def train(c):
                         f"--temperature 1 --out {answers}{options_of(c, CommonConfig)}")
             rows = data.read_jsonl(answers)
             rows = rows if c.unfiltered else filtered(rows)
-            write_file(file, "".join(json.dumps(row) + "\n" for row in rows))
+            write_file(file, data.jsonl_text(rows))
         run_command(f"python sft.py --traces {file} --out {start} --resume{imitation}")
         policy = f"{c.out}/grpo-{k}"
         if k < c.rounds:

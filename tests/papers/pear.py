@@ -56,7 +56,7 @@ class Config(sft.Config):
 
 
 def train(c):
-    if c.traces in ("canonical", "verbose", "answer"):
+    if c.traces in data.STYLES:
         raise DataError(f"--traces {c.traces}: expected a file of rollouts, of evaluate.py --out: "
                         "it holds the log-probs of the model that wrote them")
     sft.main(c)

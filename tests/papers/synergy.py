@@ -22,7 +22,7 @@ import torch
 import data
 import grpo
 import sft
-from evaluate import Finding, marks, mean, option, run_command
+from evaluate import Finding, grouped, mean, option, run_command
 from model import load_checkpoint, save_checkpoint, write_file
 from tests.papers import answered, begin_with, options_of, register, run_paper
 
@@ -87,7 +87,8 @@ def level(rights):
 def levels_of(directory, count=300):
     """-> the bucket of each of the first questions of the test, by a base's tries."""
     tries = answered(*load_checkpoint(directory), "test", count, 16, 1.0)
-    return [level(rights) for rights in marks(tries)]
+    return [level([row["correct"] for row in answers])
+            for answers in grouped(tries, "index").values()]
 
 
 def at_level(directory, name):

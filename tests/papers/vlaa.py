@@ -64,7 +64,7 @@ def reward(response, length, example, answer_format, c):
 def train(c):
     path = pathlib.Path(f"{c.out}-{c.examples}.jsonl")
     if not path.exists():
-        write_file(path, "".join(json.dumps(mixed_row(i)) + "\n" for i in range(c.examples)))
+        write_file(path, data.jsonl_text(map(mixed_row, range(c.examples))))
     rewarded = reward if c.typed == "exact" else grpo.reward
     rollout = functools.partial(grpo.rollout, reward=rewarded)
     grpo.main(dataclasses.replace(c, data=str(path)),
