@@ -1,10 +1,10 @@
 """python -m tests.mutants: breaks one line at a time, and prints which test notices.
 
 A test that cannot fail is worse than none. Each fault is a line of the six modules, of report.py,
-of a paper or of the loophole, and a wrong one in its place; it is put into a copy of the repository, and the tests
-of that file run there until one fails. All of them take about half an hour on two cores; `--only
-WORD` takes those whose file or description has the word. tests/test_mutants.py runs those of
-`rollout` and `explore`.
+of a paper or of the loophole, and a wrong one in its place; it is put into a copy of the
+repository, and the tests of that file run there until one fails. All of them take about half an
+hour on two cores; `--only WORD` takes those whose file or description has the word.
+tests/test_mutants.py runs those of `rollout` and `explore`.
 """
 import argparse
 import os

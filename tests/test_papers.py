@@ -184,6 +184,13 @@ def test_pear_by_hand():
     assert pear.suffix(p, entropy, written)[0, 0].item() == pytest.approx(math.exp(5))
 
 
+def test_pear_needs_a_writer():
+    """The world's own traces have no log-probs: without them all weights would be the discounts."""
+    for style in data.STYLES:
+        with pytest.raises(data.DataError, match=f"{style}: expected a file of rollouts"):
+            pear.train(pear.Config(traces=style))
+
+
 # ------------------------------------------------------------------------------------- TRAPO
 def test_given_shares_of_traces(tmp_path, start):
     run = run_of(synergy, start, tmp_path, max_new_tokens=40)

@@ -11,7 +11,6 @@ filler: a step that claims nothing (data.FILLERS), for which the paper cuts sent
 answer goes. How many answers a question gets was not found: one. k rounds have k + 1 times the
 steps of GRPO, so they stand beside GRPO of as many.
 """
-import json
 import pathlib
 from dataclasses import dataclass
 from statistics import median

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 import sft
-from data import DataError
+from data import STYLES, DataError
 from evaluate import Finding, option
 from tests.papers import register, run_paper
 
@@ -56,7 +56,7 @@ class Config(sft.Config):
 
 
 def train(c):
-    if c.traces in data.STYLES:
+    if c.traces in STYLES:
         raise DataError(f"--traces {c.traces}: expected a file of rollouts, of evaluate.py --out: "
                         "it holds the log-probs of the model that wrote them")
     sft.main(c)
