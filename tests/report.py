@@ -331,7 +331,8 @@ def html_table(rows):
 HEAD = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>SFT and GRPO</title><style>body{margin:3vw;font:15px/1.5 sans-serif}svg{max-width:100%}
 table{display:block;overflow-x:auto}td{padding:.2em .5em}tr:first-child{font-weight:bold}
-:root{color-scheme:light dark}pre{white-space:pre-wrap}img{height:160px;max-width:100%}
+:root{color-scheme:light dark}pre{white-space:pre-wrap}
+img{height:160px;max-width:45vw;object-fit:contain}
 .True,.faithful,.right{color:light-dark(#0b6e4f,#5cc79f)}.lucky{color:light-dark(#8f5600,#e0a84a)}
 .False,.wrong,.misseen,.misreasoned{color:light-dark(#b3261e,#ff8a80)}</style>"""
 NOTES = """Accuracy in percent, means over seeds with 95 % t intervals over seeds (of one seed:
@@ -375,7 +376,7 @@ def rollout_table(example, names, rows):
 
 def answers_page(rows, source):
     """The page of evaluate.py --page: answers to questions of the world or of a file."""
-    page = f"{HEAD}<h1>Answers</h1>"
+    page = f"{HEAD}<h1>Answers</h1><p>Bold: the question and its answer. Below, what was said."
     for split, some in grouped(rows, "split").items():
         count = 1 + max(row["index"] for row in some)
         examples = data.load_dataset(source, split, count, True, check_gold)
