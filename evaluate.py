@@ -5,7 +5,7 @@
 
 Right: what stands in the last <answer> tags or \\boxed{} equals the gold answer: numbers by value,
 words and choices by text, boxes by IoU. Formatted: exactly <think>...</think> and such an answer.
-Faithful, on the tabletop: right, with every step of the reasoning true; else lucky.
+Faithful, on the tabletop: right, with every step of the reasoning true; lucky: right after others.
 """
 import argparse
 import ast
@@ -319,8 +319,8 @@ def grouped(rows, key):
 
 
 def verdict(row):
-    """What an answer is worth, in a word. Right after reasons: faithful, or lucky where one is
-    false; wrong after them: misseen where a count or place is false, else misreasoned."""
+    """What an answer is worth, in a word. Right after reasons: faithful, or lucky where not all of
+    them are true; wrong after them: misseen where a count or place is false, else misreasoned."""
     if not row["steps"]:             # no reasons were given, or there is no scene to hold them to
         return "right" if row["correct"] else "wrong"
     if row["correct"]:
@@ -491,8 +491,7 @@ def answer_all(directory, c):
                             c.max_new_tokens, c.seed)
 
 
-COLUMNS = ["accuracy", "faithful", "lucky", "misseen", "misreasoned", "format", "parsed",
-           "tokens"]                 # of the tables
+COLUMNS = ["accuracy", "faithful", "lucky", "misseen", "misreasoned", "format", "parsed", "tokens"]
 
 
 def columns(figures):
@@ -718,8 +717,8 @@ def run_cell(cell, c, seed, locks):
     run_command(commands[-1])
     figures, spent = {}, dict.fromkeys(COSTS, 0)
     for run in map(unquoted, list(way)[1:] or [model]):
-        inner = sorted(run.glob("*/metrics.jsonl"))      # of a training that has several
-        for path in filter(pathlib.Path.exists, [*inner, run / "metrics.jsonl"]):
+        # of a training that has several, the parts first
+        for path in [*sorted(run.glob("*/metrics.jsonl")), *run.glob("metrics.jsonl")]:
             rows = data.read_jsonl(path)
             points = course(rows, (run / "model.safetensors").stat().st_size / 4, spent)
             spent = {name: points[-1][name] for name in COSTS}

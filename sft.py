@@ -31,7 +31,8 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
-from evaluate import CommonConfig, evaluate, load_examples, option, run_command, run_script, summary
+from evaluate import (BASES, CommonConfig, evaluate, load_examples, option, run_command, run_script,
+                      summary)
 from kernels import QUIET, RANK, WORLD, Sampler, length_mask, own_pieces, summed
 from model import (SIZES, CheckpointError, add_lora, fresh, load_checkpoint, read_file, read_json,
                    recompute_activations, save_checkpoint, write_file)
@@ -169,7 +170,8 @@ def starting_model(c, small, published):
         c.init = "runs/base"
         made = pathlib.Path(c.init) / "run.json"
         if not (made.exists() and read_json(made).get("finished")):
-            run_command(f"python sft.py --stage base --out {c.init} --device {c.device} --resume")
+            run_command(f"python sft.py --stage base {BASES['base']} --out {c.init} "
+                        f"--device {c.device} --resume")
     dtype = torch.bfloat16 if c.lora_rank and c.device == "cuda" else torch.float32
     model, processor = load_checkpoint(c.init, c.device, dtype, c.prompt())
     if sum(p.numel() for p in model.parameters()) > 5e7:     # larger than the tabletop's models

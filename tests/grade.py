@@ -46,16 +46,16 @@ def asked_for(task, results):
 
 def shares(rows):
     """-> accuracy by split, and format on the test, of answers that are graded anew."""
-    graded = {"test": [], "ood": []}
+    graded = {"test": {}, "ood": {}}                 # by question
     for row in rows:
         if row["split"] in graded:
             example = data.world_example(row["split"], row["index"])
-            graded[row["split"]].append(evaluate.grade(row["response"], example))
+            graded[row["split"]][row["index"]] = evaluate.grade(row["response"], example)
     if min(map(len, graded.values())) < 1000:
         there = ", ".join(f"{len(some)} of {split}" for split, some in graded.items())
         raise data.DataError(f"answers: {there}; expected 1,000 each: evaluate.py --limit 1000")
-    found = {split: mean(one.correct for one in some) for split, some in graded.items()}
-    return found | dict(format=mean(one.formatted for one in graded["test"]))
+    found = {split: mean(one.correct for one in some.values()) for split, some in graded.items()}
+    return found | dict(format=mean(one.formatted for one in graded["test"].values()))
 
 
 def points(task, run, results):

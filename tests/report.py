@@ -152,8 +152,9 @@ def by_cell(results):
 def pooled(cells, split):
     """A split's figures as means over seeds, with the t interval; of one seed, with Wilson's."""
     wholes = [cell["splits"][split] for cell in cells]
-    figures = {name: mean(whole[name] for whole in wholes)
-               for name, value in wholes[0].items() if isinstance(value, (int, float))}
+    names = [name for name, value in wholes[0].items()
+             if isinstance(value, (int, float)) and all(name in whole for whole in wholes)]
+    figures = {name: mean(whole[name] for whole in wholes) for name in names}
     _, low, high, _ = t_interval([whole["accuracy"] for whole in wholes])
     return figures | dict(interval=(low, high) if len(cells) > 1 else wholes[0]["interval"])
 
@@ -162,8 +163,8 @@ def faithful_of_right(cells, split):
     """Share of the right answers that are faithful, in percent, with the t interval over seeds; of
     one seed with Wilson's."""
     wholes = [cell["splits"][split] for cell in cells]
-    shares = [whole["faithful"] / whole["accuracy"] for whole in wholes
-              if whole.get("faithful") is not None and whole["accuracy"]]
+    wholes = [whole for whole in wholes if whole["accuracy"] and "faithful" in whole]
+    shares = [whole["faithful"] / whole["accuracy"] for whole in wholes]
     if not shares:
         return ""
     middle, *interval, _ = t_interval(shares)
@@ -338,7 +339,7 @@ img{height:160px;max-width:45vw;object-fit:contain}
 NOTES = """Accuracy in percent, means over seeds with 95 % t intervals over seeds (of one seed:
 Wilson's, over its questions); every dot is a seed. Blind: the commonest training answer of each
 family. Collapsed: seeds below that. Faithful: right, every step true; lucky: right, one false.
-Misseen: wrong, with a false count or place; misreasoned: wrong though what it saw was true.
+Misseen: wrong, with a false count or place; misreasoned: wrong reasons or answer without one.
 Costs are those of all trainings after the base: questions with an answer, seconds, TFLOP, thousands
 of tokens trained on and sampled. Spearman's ρ: of reward and held-out accuracy over the evaluations
 after a run's first third, so few that ρ is negative by chance in 11 to 22 % of runs that truly
@@ -362,7 +363,7 @@ def shown(picture):
 
 def rollout_table(example, names, rows):
     """Answers to one question, with each step marked. What people and models wrote is escaped."""
-    question = html.escape(example.question.replace(data.IMAGE, ""))
+    question = html.escape(example.question.replace(data.IMAGE, "")).replace("\n", "<br>")
     pictures = "".join(map(shown, example.pictures()))
     table = [[pictures, question, html.escape(example.answer)]]
     for name, row in zip(names, rows):
@@ -376,7 +377,7 @@ def rollout_table(example, names, rows):
 
 def answers_page(rows, source):
     """The page of evaluate.py --page: answers to questions of the world or of a file."""
-    page = f"{HEAD}<h1>Answers</h1><p>Bold: the question and its answer. Below, what was said."
+    page = f"{HEAD}<h1>Answers</h1><p>First the question and the right answer, below what was said."
     for split, some in grouped(rows, "split").items():
         count = 1 + max(row["index"] for row in some)
         examples = data.load_dataset(source, split, count, True, check_gold)
@@ -396,7 +397,10 @@ def kept_example(results, name):
     for cell in results["cells"]:
         if cell["seed"] == seed and cell["cell"] in SHOWN:
             rows = data.read_jsonl(answers_of(cell))
-            said[cell["cell"]] = next(row["response"] for row in rows if row["id"] == name)
+            said[cell["cell"]] = {row["id"]: row["response"] for row in rows}.get(name)
+    if not name.startswith("test/") or not all(map(said.get, SHOWN)):
+        sys.exit(f"error: --example {name}: expected a question of the test, as test/337, that "
+                 f"{', '.join(SHOWN)} have answered")
     return dict(id=name, seed=seed, answers={model: said[model] for model in SHOWN})
 
 

@@ -67,6 +67,9 @@ def test_worse_answers_cost_points(run, results):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:1500]))
     with pytest.raises(data.DataError, match="1000 of test, 500 of ood"):
         grade.points("sft", run, results)
+    path.write_text(data.jsonl_text(rows[:500] * 2 + rows[1000:]))     # two samples a question
+    with pytest.raises(data.DataError, match="500 of test, 1000 of ood"):
+        grade.points("sft", run, results)
 
 
 def test_without_a_run_it_says_so(tmp_path):

@@ -91,34 +91,57 @@ def test_help_explains_every_option(words):
         assert re.search(rf"^  {name}{value}\s+(?!--)\w\S* \S", done.stdout, re.M), name
 
 
-def readme_commands():
-    blocks = re.findall(r"```[a-z]*\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return sorted({line for line in lines if re.match(r"python (\w+\.py|-m tests\.)", line)})
+def written_commands():
+    """Of README and EXERCISES, in blocks and in sentences."""
+    text = "\n".join((ROOT / name).read_text() for name in ("README.md", "tests/EXERCISES.md"))
+    blocks = re.findall(r"```[a-z]*\n(.*?)```", text, re.S)
+    lines = [line.split("#")[0] for block in blocks for line in block.splitlines()]
+    lines += re.findall(r"`(python [^`]*)`", re.sub("```.*?```", "", text, flags=re.S))
+    lines = {" ".join(line.split()) for line in lines}
+    return sorted(line for line in lines if re.match(r"python (\w+\.py|-m tests\.)", line)
+                  and "tests.papers" not in line)
 
 
-def test_readme_commands_parse():
-    """Every command of the README has options that exist, with values that they take."""
+def test_written_commands_parse():
+    """Each has options that exist, with values that they take."""
     import evaluate
     import exercise
     import gpu
+    import grade
     import grpo
     import mutants
     import sft
     import speed
-    found = readme_commands()
-    assert len(found) >= 5
+    from tests import loophole
     configs = {"evaluate.py": evaluate.Config, "evaluate.py study": evaluate.StudyConfig,
-               "sft.py": sft.Config, "grpo.py": grpo.Config}
+               "sft.py": sft.Config, "grpo.py": grpo.Config,
+               "-m tests.loophole": evaluate.StudyConfig,
+               "-m tests.loophole train": loophole.Config}
     parsers = {"-m tests.speed": speed.parser, "-m tests.gpu": gpu.parser,
-               "-m tests.mutants": mutants.parser, "-m tests.exercise": exercise.parser}
+               "-m tests.mutants": mutants.parser, "-m tests.exercise": exercise.parser,
+               "-m tests.grade": grade.parser}
+    found = written_commands()
+    assert len(found) >= 30
     for line in found:
-        script = re.match(r"python (-m tests\.\w+|evaluate\.py study|\w+\.py)", line)[1]
+        script = re.match(r"python (-m tests\.\w+( train)?|evaluate\.py( study)?|\w+\.py)", line)[1]
         words = shlex.split(line.removeprefix(f"python {script}"))
         if script in parsers:
             parsers[script]().parse_args(words)
         else:
             evaluate.parse(configs[script], words)
+
+
+@pytest.mark.parametrize("name", ["README.md", "tests/EXERCISES.md"])
+def test_commands_of_a_block_do_not_share_a_directory(name):
+    """The second of two that wrote runs/sft said that there is a run already."""
+    for block in re.findall(r"```\n(.*?)```", (ROOT / name).read_text(), re.S):
+        outs = []
+        for line in block.splitlines():
+            script = re.match(r"python (sft|grpo)\.py", line)
+            if script:
+                out = re.search(r"--out (\S+)", line)
+                outs.append(out[1] if out else f"runs/{script[1]}")
+        assert len(outs) == len({*outs}), outs
 
 
 def test_readme_is_short_and_ci_runs_its_command():

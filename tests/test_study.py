@@ -438,6 +438,9 @@ def test_faithful_of_right_by_hand():
     expected = f"60.0 [{100 * low:.0f}, {100 * high:.0f}]"
     assert report.faithful_of_right(results["cells"][:1], "test") == expected
     assert report.faithful_of_right(results["cells"][2:], "test") == ""
+    assert report.faithful_of_right(results["cells"][::-2], "test") == expected
+    del wholes[1]["lucky"]                           # of a study older than that figure
+    assert "lucky" not in report.pooled(results["cells"], "test")
 
 
 def test_deceptive_rewards_of_three_seeds():

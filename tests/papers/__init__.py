@@ -8,6 +8,8 @@ changes; all else is imported.
 A paper is a Finding, as in evaluate.py: cells, and claims about them. Its trainings are names that
 cells may use; cells of the same name are those of the study, and are not made twice.
 """
+import base64
+import io
 import json
 import pathlib
 import shlex
@@ -49,9 +51,9 @@ def measure(finding, c, **figures):
     results = read_json(path)
     for cell in results["cells"]:
         if cell["cell"] in names and cell["seed"] - c.first_seed in range(c.seeds):
-            model, _ = evaluate.way_to(cell["cell"], c, cell["seed"])
+            model = evaluate.unquoted(evaluate.way_to(cell["cell"], c, cell["seed"])[0])
             for name in figures.keys() - cell.keys():
-                value = figures[name](pathlib.Path(model))
+                value = figures[name](model)
                 cell[name] = value if value is None else round(value, 4)
                 write_file(path, json.dumps(results))
 
@@ -100,6 +102,16 @@ def options_of(c, Config, *but):
             words += f" --{f.name.replace('_', '-')}"
             words += "" if value is True else f" {shlex.quote(str(value))}"
     return words
+
+
+def row_of(example):
+    """A row of a file, for --data."""
+    images = []
+    for picture in example.pictures():
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        images.append(dict(bytes=base64.b64encode(file.getvalue()).decode()))
+    return dict(id=example.id, question=example.question, answer=example.answer, images=images)
 
 
 def begin_with(run, examples, shares):

@@ -9,10 +9,8 @@ choice, boxes by overlap, words) teaches more than one that compares texts.
 The file: the tabletop's questions, of which every other one with a number gives four choices, so
 that its gold answer is a letter. Weights of the paper's mixed reward were not found: 1 and 0.1.
 """
-import base64
 import dataclasses
 import functools
-import io
 import json
 import pathlib
 import random
@@ -22,7 +20,7 @@ import data
 import grpo
 from evaluate import Finding, option
 from model import write_file
-from tests.papers import register, run_paper
+from tests.papers import register, row_of, run_paper
 
 register("vlaa")
 
@@ -36,10 +34,7 @@ class Config(grpo.Config):
 def mixed_row(index):
     """A row of the file: a question with a number, a word, a letter or a box as its answer."""
     example, rng = data.world_example("train", index), random.Random(f"choices/{index}")
-    picture = io.BytesIO()
-    example.images[0].save(picture, "PNG")
-    row = dict(id=example.id, question=example.question, answer=example.answer,
-               images=[dict(bytes=base64.b64encode(picture.getvalue()).decode())])
+    row = row_of(example)
     if example.family == "location":
         row["answer"] = json.loads(example.answer)
     elif example.answer.isdecimal() and index // len(data.FAMILIES) % 2:
