@@ -269,7 +269,7 @@ def world_example(split, index, style="canonical", words=False):
     values, steps, answer = ask(rng, scene, family)
     *known, new = FAMILIES[family]
     question = (new if split == "ood" else rng.choice(known)).format(**values)
-    sentences = hesitate(rng, steps, style) if style in STYLES[1:3] else steps
+    sentences = hesitate(rng, steps, style) if style in ("hesitant", "verbose") else steps
     response = tagged(answer, "" if style == "answer" else ". ".join(sentences) + ".")
     images = [] if words or split == "text" else [paint(scene)]
     question = IMAGE + question if images else f"The table: {describe(scene)} {question}"

@@ -276,6 +276,7 @@ def chart(title, axis, series, ticks):
         dots = "".join(f"M{at(x, y, 5 * k)}h0" for x, values in points for y in values)
         for x, values in points:
             _, low, high, _ = t_interval(values)
+            low, high = max(low, 0), min(high, 100)      # no accuracy lies beyond, the legend does
             line += f"M{at(x, low, 5 * k)}L{at(x, high, 5 * k)}" if len(values) > 1 else ""
         if legend[0] + 7 * len(name) > 470:
             legend = [50, legend[1] + 15]

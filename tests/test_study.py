@@ -475,14 +475,16 @@ def test_figures_of_every_finding():
 
 
 def test_chart_puts_values_where_they_belong():
-    """0 at the bottom, 100 at the top; a whisker as long as the t interval; x along the ticks."""
-    drawn = report.chart("accuracy", "base", {"SFT": [(0, [0.0, 0.0]), (1, [90.0, 110.0])]},
-                         {0: "weak", 1: "strong"})
-    _, low, high, _ = report.t_interval([90.0, 110.0])
+    """0 at the bottom, 100 at the top; a whisker as long as the t interval, but for what no share
+    can be; x along the ticks."""
+    points = [(0, [0.0, 0.0]), (1, [90.0, 110.0]), (1, [49.0, 51.0])]
+    drawn = report.chart("accuracy", "base", {"SFT": points}, {0: "weak", 1: "strong"})
+    _, low, high, _ = report.t_interval([49.0, 51.0])
     line, dots = re.findall('d="(M[^"]*)"', drawn)[-2:]
     assert line.startswith("M50.0 250.0L420.0 50.0") and dots.count("M50.0 250.0h0") == 2
     assert "M420.0 70.0h0M420.0 30.0h0" in dots
     assert f"M420.0 {250 - 2 * low:.1f}L420.0 {250 - 2 * high:.1f}" in line
+    assert "M420.0 250.0L420.0 50.0" in line         # from -37 to 237
     assert report.chart("accuracy", "base", {"SFT": []}, {0: "weak"}) == ""
 
 
