@@ -716,7 +716,7 @@ def run_cell(cell, c, seed, locks):
             make(made, commands[:i + 1])
     run_command(commands[-1])
     figures, spent = {}, dict.fromkeys(COSTS, 0)
-    for run in map(unquoted, list(way)[1:] or [model]):
+    for run in map(unquoted, list(way)[1:]):
         # of a training that has several, the parts first
         for path in [*sorted(run.glob("*/metrics.jsonl")), *run.glob("metrics.jsonl")]:
             rows = data.read_jsonl(path)

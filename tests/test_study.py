@@ -59,7 +59,9 @@ def test_smoke_has_every_cell_and_its_model_learns(out):
         for split in ("test", "text"):
             low, high = cell["splits"][split]["interval"]
             assert low <= cell["splits"][split]["accuracy"] <= high
+    for cell in (explored, imitated):
         assert min(cell[cost] for cost in ("seconds", "flops", "trained")) > 0
+    assert "seconds" not in base and "labels" not in base            # it is where costs begin
     assert (explored["sampled"], imitated["sampled"]) == (explored["trained"], 0)
     assert (imitated["labels"], explored["labels"]) == (1280, 2000)
     assert {"reward", "held_out", "accuracy", "format"} <= set(explored["points"][-1])
