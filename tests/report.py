@@ -259,9 +259,9 @@ COLOURS = "#0b6e4f", "#c1440e", "#3b6fb6", "#8a5a00", "#7a3b9a", "#444", "#b3006
 
 def chart(title, axis, series, ticks):
     """An SVG of percentages. series {name: [(x, values, one a seed)]}: a dot for each, a line
-    through their means with t intervals; ticks {x: text}. Empty without a point."""
+    through their means with t intervals; ticks {x: text}. A name's place is its colour, also where
+    others have no points. Empty without a point."""
     left, right, legend = min(ticks), max(ticks), [50, 26]       # where its next name goes
-    series = {name: points for name, points in series.items() if points}
 
     def at(x, y, shift=0):
         return f"{50 + 370 * (x - left) / (right - left or 1) + shift:.1f} {250 - 2 * y:.1f}"
@@ -272,6 +272,8 @@ def chart(title, axis, series, ticks):
     drawn += [f'<text x="{at(x, 0).split()[0]}" y="{267 + 13 * (k % rows)}" '
               f'text-anchor="middle">{text}</text>' for k, (x, text) in enumerate(ticks.items())]
     for k, ((name, points), colour) in enumerate(zip(series.items(), COLOURS)):
+        if not points:
+            continue
         line = "L".join(at(x, mean(values), 5 * k) for x, values in points)
         dots = "".join(f"M{at(x, y, 5 * k)}h0" for x, values in points for y in values)
         for x, values in points:
@@ -284,7 +286,7 @@ def chart(title, axis, series, ticks):
                      'stroke-width="4" stroke-linecap="round"/></g>'
                      f'<text x="{legend[0]}" y="{legend[1]}" fill="{colour}">{name}</text>')
         legend[0] += 8 * len(name) + 16
-    return series and (
+    return any(series.values()) and (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -10 470 310" width="470" '
         'font-family="sans-serif" font-size="13"><path fill="#fff" d="M0-10h470v310H0z"/>'
         f'<text x="50" y="8" font-weight="bold">{title}</text>'
@@ -311,7 +313,7 @@ def charts(results, name, findings=FINDINGS):
     for i, age in enumerate(finding.ticks if name == "capacity" else ()):
         series = {label: [(math.log10(x), values)
                           for x, values in along(cells.get(row[i], ()), "held_out", "flops") if x]
-                  for label, row in by_name.items() if "/" in row[i]}
+                  for label, row in by_name.items()}
         powers = [math.floor(x) for points in series.values() for x, _ in points] or [0]
         powers = {power: f"1e{power}" for power in range(min(powers), max(powers) + 2)}
         yield chart(f"{age} base: held-out accuracy, %", "FLOP after the base", series, powers)

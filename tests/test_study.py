@@ -490,6 +490,14 @@ def test_chart_puts_values_where_they_belong():
     assert report.chart("accuracy", "base", {"SFT": []}, {0: "weak"}) == ""
 
 
+def test_a_way_keeps_its_colour():
+    """In the figures over compute, where the base has no points, SFT was drawn in its colour."""
+    points = [(0, [50.0])]
+    drawn = report.chart("accuracy", "base", {"base": [], "SFT": points}, {0: "weak"})
+    assert f'fill="{report.COLOURS[1]}">SFT<' in drawn
+    assert drawn.count("<g stroke") == 1
+
+
 KEPT = ROOT / ".github" / "results.json"
 
 
