@@ -142,6 +142,17 @@ def verdict_table(results, findings=FINDINGS):
     return rows
 
 
+def paper_table(results, papers):
+    """README's: a row a paper, with what was found of each of its claims."""
+    found = grouped(judged(results, papers), "finding")
+    rows = [["file", "asks", "claims: difference in points, seeds, verdict"]]
+    for name, finding in papers.items():
+        claims = (f"{row['claim']}: {in_points(row['values'])}, {len(row['values'])}, "
+                  f"{row['verdict']}" for row in found.get(name, ()))
+        rows.append([f"`{name}.py`", finding.question, "<br>".join(claims)])
+    return rows
+
+
 def by_cell(results):
     """-> [(name of a cell, its seeds)], by base."""
     ages = [*AGES]
@@ -442,7 +453,10 @@ def report(results):
 
 def readme(text, results, kept):
     """-> README's text with verdicts of these results, and a kept example, between its marks."""
-    for mark, table in (("verdicts", verdict_table(results)), ("example", example_table(kept))):
+    from tests.papers.__main__ import FINDINGS as papers          # which imports this file
+    tables = dict(verdicts=verdict_table(results), example=example_table(kept),
+                  papers=paper_table(results, papers))
+    for mark, table in tables.items():
         text = re.sub(rf"(?<=<!-- {mark} -->\n).*?(?=<!-- end -->)",
                       lambda _: f"{text_table(table)}\n", text, count=1, flags=re.S)
     return text
