@@ -311,14 +311,17 @@ def along(cells, figure, axis):
 
 
 def charts(results, name, findings=FINDINGS):
-    """Yields the figures of a finding: accuracy on its splits; then capacity's over compute, and
-    the course of each training of rewards."""
+    """Yields the figures of a finding: accuracy on its splits, of the seeds that have all of its
+    cells if there are any; then capacity's over compute, and the course of each training of
+    rewards."""
     finding, known = findings[name], known_figures(results).values()
     by_name, cells = finding.cells(), grouped(results["cells"], "cell")
+    wanted = {(cell, split) for row in by_name.values() for cell in row for split in finding.splits}
+    seeds = [own for own in known if wanted <= own.keys()] or known
     for split in finding.splits:
         series = {}
         for label, row in by_name.items():
-            values = [[own[cell, split] for own in known if (cell, split) in own] for cell in row]
+            values = [[own[cell, split] for own in seeds if (cell, split) in own] for cell in row]
             series[label] = [(x, some) for x, some in enumerate(values) if some]
         yield chart(f"accuracy on {split}, %", finding.axis, series, dict(enumerate(finding.ticks)))
     for i, age in enumerate(finding.ticks if name == "capacity" else ()):

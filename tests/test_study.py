@@ -476,6 +476,18 @@ def test_figures_of_every_finding():
     assert len(list(report.charts(results, "rewards"))) == 1 + 12
 
 
+def test_a_figure_compares_the_same_seeds():
+    """A way that one seed has stood beside the means of eight others: TRAPO of one base, SFT of
+    all. Where no seed has all cells yet, what is there is shown."""
+    results = made_up(random.Random(0), 3)
+    missing = [cell for cell in results["cells"] if cell["cell"] == "weak/sft"]
+    results["cells"].remove(missing[0])
+    assert next(report.charts(results, "capacity")).count("h0") == 2 * 5 * 4
+    for cell in missing[1:]:
+        results["cells"].remove(cell)
+    assert next(report.charts(results, "capacity")).count("h0") == 3 * (5 * 4 - 1)
+
+
 def test_chart_puts_values_where_they_belong():
     """0 at the bottom, 100 at the top; a whisker as long as the t interval, but for what no share
     can be; x along the ticks."""
