@@ -567,7 +567,7 @@ FINDINGS = {
         {"base": "{}", "SFT": "{}/sft", "GRPO": "{}/grpo", "DAPO": "{}/grpo --algorithm dapo",
          "SFT → GRPO": "{}/sft/grpo"},
         {"from the weak base, SFT leads GRPO": lambda a: a("weak/sft") - a("weak/grpo"),
-         "that lead is smaller from the strong base":
+         "SFT's lead over GRPO is smaller from the strong base":
             lambda a: a("weak/sft") - a("weak/grpo") - a("strong/sft") + a("strong/grpo"),
          "together, SFT → GRPO, they beat the better of the two (strong base)":
             lambda a: a("strong/sft/grpo") - max(a("strong/sft"), a("strong/grpo"))}),
@@ -581,7 +581,7 @@ FINDINGS = {
         "Trained before pictures: what is it worth in words?", "base", YOUNG, ("text",),
         {"base": "{}", "SFT": "{}/sft", "GRPO": "{}/grpo"},
         {"SFT gains in words (strong)": lambda a: a("strong/sft", "text") - a("strong", "text"),
-         "there it leads GRPO": lambda a: a("strong/sft", "text") - a("strong/grpo", "text")}),
+         "SFT leads GRPO in words": lambda a: a("strong/sft", "text") - a("strong/grpo", "text")}),
     "rewards": Finding(
         "Is a model of higher reward a better one?", "base", YOUNG, ("test",),
         {"GRPO": "{}/grpo", "SFT → GRPO": "{}/sft/grpo", "lenient": "{}/grpo --grader lenient",
@@ -597,11 +597,10 @@ FINDINGS = {
         {"short": "{}/sft", "hesitant": "{}/sft --traces hesitant",
          "verbose": "{}/sft --traces verbose", "answers alone": "{}/sft --traces answer",
          "its own": "{0}/sft --traces @{0}", "the strong's": "{}/sft --traces @strong"},
-        {"short traces lose nothing ood (strong base)":
-            lambda a: a("strong/sft", "ood") - a("strong", "ood"),
-         "and hesitant ones do":
+        {"short traces gain ood (strong)": lambda a: a("strong/sft", "ood") - a("strong", "ood"),
+         "hesitant traces lose ood (strong)":
             lambda a: a("strong", "ood") - a("strong/sft --traces hesitant", "ood"),
-         "the likelier the traces, the better there (middle base, 100 ρ)": likely_traces})}
+         "the likelier the traces, the better ood (middle, 100 ρ)": likely_traces})}
 # Of each: its cells, the evaluation's options, and what the commands of a script end with.
 PRESETS = {
     "quick": dict(cells=[age + way for age in ("weak", "strong")
@@ -680,8 +679,9 @@ def make(made, commands):
 def flops(row, parameters):
     """Of a training step, roughly: 2 a parameter and token for a pass forward, twice that for the
     one backward (Kaplan et al. 2020). GRPO samples first, and may ask the initial model."""
-    passes = 3 + ("reward" in row) + ("kl" in row)
-    return 2 * parameters * passes * (row["prompt_tokens"] + row["tokens"])
+    passes = 3 + ("kl" in row)
+    sampled = row["sampled"] + ("reward" in row) * row["prompt_tokens"]
+    return 2 * parameters * (passes * (row["prompt_tokens"] + row["tokens"]) + sampled)
 
 
 COSTS = ("seconds", "flops", "trained", "sampled")       # the last two in tokens
@@ -693,9 +693,9 @@ def course(rows, parameters, spent):
     spent, points, since = Counter(spent), [], []
     for row in rows:
         if "val_accuracy" not in row:
-            sampled = row["tokens"] * ("reward" in row)          # unless a step says otherwise
+            row.setdefault("sampled", row["tokens"] * ("reward" in row))
             spent.update(seconds=row["seconds"], flops=flops(row, parameters),
-                         trained=row["tokens"], sampled=row.get("sampled", sampled))
+                         trained=row["tokens"], sampled=row["sampled"])
             since.append(row)
             continue
         parts = [name for name in ("reward", "accuracy", "format") if since and name in since[0]]

@@ -149,7 +149,7 @@ def paper_table(results, papers):
     for name, finding in papers.items():
         claims = (f"{row['claim']}: {in_points(row['values'])}, {len(row['values'])}, "
                   f"{row['verdict']}" for row in found.get(name, ()))
-        rows.append([f"`{name}.py`", finding.question, "<br>".join(claims)])
+        rows.append([f"`{name}.py`", finding.question, "<br>".join(claims) or "not run yet"])
     return rows
 
 
@@ -316,14 +316,15 @@ def charts(results, name, findings=FINDINGS):
     rewards."""
     finding, known = findings[name], known_figures(results).values()
     by_name, cells = finding.cells(), grouped(results["cells"], "cell")
-    wanted = {(cell, split) for row in by_name.values() for cell in row for split in finding.splits}
+    wanted = set(itertools.product(sum(by_name.values(), []), finding.splits))
     seeds = [own for own in known if wanted <= own.keys()] or known
     for split in finding.splits:
         series = {}
         for label, row in by_name.items():
             values = [[own[cell, split] for own in seeds if (cell, split) in own] for cell in row]
             series[label] = [(x, some) for x, some in enumerate(values) if some]
-        yield chart(f"accuracy on {split}, %", finding.axis, series, dict(enumerate(finding.ticks)))
+        title = f"accuracy on {split}, %" if split in data.SPLITS else f"{split}, %"
+        yield chart(title, finding.axis, series, dict(enumerate(finding.ticks)))
     for i, age in enumerate(finding.ticks if name == "capacity" else ()):
         series = {label: [(math.log10(x), values)
                           for x, values in along(cells.get(row[i], ()), "held_out", "flops") if x]

@@ -205,6 +205,8 @@ def test_course_of_a_run():
     assert second == dict(step=2, held_out=0.3, seconds=104, trained=25, sampled=20,
                           flops=1 + 2 * 1000 * 40 * (4 + 5), reward=0.6, accuracy=0.4, format=1.0)
     assert (last["reward"], last["flops"]) == (0.9, 1 + 2 * 1000 * 40 * (4 + 5 + 4))
+    again = [*rows[:4], dict(explored, step=3, sampled=35), rows[5]]         # TRAPO samples anew
+    assert evaluate.course(again, 1000, spent)[-1]["flops"] == last["flops"] + 2 * 1000 * (35 - 10)
     imitated = [dict(step=0, val_accuracy=0.2), dict(step, step=1), dict(step=1, val_accuracy=0.3)]
     assert evaluate.course(imitated, 1000, spent)[-1] == dict(
         step=1, held_out=0.3, seconds=102, trained=15, sampled=0, flops=1 + 2 * 1000 * 40 * 3)
@@ -295,12 +297,12 @@ def verdicts(results, key="verdict"):
 
 
 FAIR = ["from the weak base, SFT leads GRPO",
-        "that lead is smaller from the strong base",
-        "there it leads GRPO",
+        "SFT's lead over GRPO is smaller from the strong base",
+        "SFT leads GRPO in words",
         "SFT gains in words (strong)",
         "a lenient reward is worth less (strong base)",
-        "short traces lose nothing ood (strong base)",
-        "and hesitant ones do",
+        "short traces gain ood (strong)",
+        "hesitant traces lose ood (strong)",
         "SFT first makes the regret of GRPO smaller (weak base)"]      # 0 where nothing differs
 
 

@@ -1,7 +1,7 @@
 """AceReason 1.1 (arXiv 2506.13284): the temperature of RL follows the entropy; budgets in stages.
 
-Its sentence: RL does best where the tempered entropy is about 0.3, with short budgets first; there,
-and only there, answers that were cut have no loss (as wrong ones they still lower the mean).
+Its sentence: RL does best where the tempered entropy is about 0.3, with short budgets first; in
+these alone, answers that were cut have no loss (as wrong ones they still lower the mean).
 
     one update a rollout, no KL, loss averaged over tokens; after each step
     T <- T exp(rate (target - entropy))
@@ -55,14 +55,18 @@ def train(c):
     grpo.main(c, one_step)
 
 
+PLAIN = "/acereason --target-entropy 0 --first-budget 0"
 FINDING = Finding(
     "AceReason: does a temperature that follows the entropy, or a short budget first, help?",
     "base", ("weak", "strong"), ("test", "ood"),
     {"GRPO": "{}/grpo", "both": "{}/acereason", "temperature": "{}/acereason --first-budget 0",
      "budget": "{}/acereason --target-entropy 0",
-     "neither": "{}/acereason --target-entropy 0 --first-budget 0"},
-    {"both lead neither (weak base)": lambda a: a("weak/acereason")
-        - a("weak/acereason --target-entropy 0 --first-budget 0")})
+     "neither": f"{{}}{PLAIN}"},
+    {"both lead plain RL (weak base)": lambda a: a("weak/acereason") - a(f"weak{PLAIN}"),
+     "the temperature leads plain RL (weak base)":
+         lambda a: a("weak/acereason --first-budget 0") - a(f"weak{PLAIN}"),
+     "the budget leads plain RL (weak base)":
+         lambda a: a("weak/acereason --target-entropy 0") - a(f"weak{PLAIN}")})
 
 if __name__ == "__main__":
     run_paper(FINDING, train, Config, __doc__)

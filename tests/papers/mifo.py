@@ -7,7 +7,7 @@ the parameters frozen that RL moved most, beats interleaving all of SFT with RL.
 
 Questions of which a group solves less than the threshold go into the buffer with their trace, once
 each phase. Interval, share, alpha, threshold were not published: 5 steps a phase, 0.1, 0.5, 0.25.
-A resumed run begins with an empty buffer, and nothing frozen.
+A resumed run begins with an empty buffer, and nothing frozen. Interleaving takes turns each step.
 """
 from dataclasses import dataclass
 
@@ -24,8 +24,9 @@ register("mifo")
 
 @dataclass
 class Config(grpo.Config):
-    """Options of grpo.py, and two more."""
+    """Options of grpo.py, without its KL, and two more."""
     weight: str = option("entropy", "token weight of SFT's phases", tuple(sft.WEIGHTS))
+    beta: float = option(0.0, "weight of the KL in the loss")
     frozen: float = option(FROZEN, "share of the parameters that SFT leaves as they are", most=1)
 
 
@@ -89,7 +90,8 @@ FINDING = Finding(
      "MIFO": "{}/mifo", "nothing frozen": "{}/mifo --frozen 0"},
     {"MIFO leads interleaving (weak base)":
         lambda a: a("weak/mifo") - a("weak/synergy --mode interleaved"),
-     "MIFO leads SFT → GRPO (weak base)": lambda a: a("weak/mifo") - a("weak/sft/grpo")})
+     "MIFO leads SFT → GRPO (weak base)": lambda a: a("weak/mifo") - a("weak/sft/grpo"),
+     "freezing gains (weak base)": lambda a: a("weak/mifo") - a("weak/mifo --frozen 0")})
 
 if __name__ == "__main__":
     run_paper(FINDING, train, Config, __doc__)

@@ -8,8 +8,9 @@ gains; filtering the answers mattered most.
 
 Round 0 is GRPO from the base. Short, here: no longer than the median right answer of its family;
 filler: a step that claims nothing (data.FILLERS), for which the paper cuts sentences, and here the
-answer goes. How many answers a question gets was not found: one. k rounds have k + 1 times the
-steps of GRPO, so they stand beside GRPO of as many.
+answer goes (no base here has such words, so it is length that filters). How many answers a question
+gets was not found: one. k rounds have k + 1 times the steps of GRPO, so they stand beside GRPO of
+as many.
 """
 import pathlib
 from dataclasses import dataclass
@@ -57,8 +58,8 @@ def train(c):
             rows = rows if c.unfiltered else filtered(rows)
             write_file(file, data.jsonl_text(rows))
         run_command(f"python sft.py --traces {file} --out {start} --resume{imitation}")
-        policy = f"{c.out}/grpo-{k}"
         if k < c.rounds:
+            policy = f"{c.out}/grpo-{k}"
             run_command(f"python grpo.py --out {policy} --resume{rl} --init {start}")
     c.init = start
     grpo.main(c)
@@ -72,9 +73,9 @@ FINDING = Finding(
      "two, unfiltered": "{}/openvlthinker --unfiltered", "SFT → GRPO": "{}/sft/grpo"},
     {"a round leads GRPO of as many steps (weak base)":
         lambda a: a("weak/openvlthinker --rounds 1") - a("weak/grpo --steps 200"),
-     "the second leads the first (weak base)":
+     "the second round leads the first (weak base)":
         lambda a: a("weak/openvlthinker") - a("weak/openvlthinker --rounds 1"),
-     "filtering leads none (weak base)":
+     "filtered answers lead all right ones (weak base)":
         lambda a: a("weak/openvlthinker") - a("weak/openvlthinker --unfiltered")})
 
 if __name__ == "__main__":

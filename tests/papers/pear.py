@@ -3,8 +3,8 @@
 Its sentence: traces of another model, weighted so in SFT, leave a better start for RL than NLL.
 
     L   = sum_t sg(G_t) * -log p(y_t),  d_t = clip(log p(y_t) - log q(y_t), -0.08, 0.3)
-    G_t = gamma^(T - t) exp(sum_{j > t} d_j), gamma = 0.999, log G in [-10, 5]     suffix
-    G   = exp(sum_j d_j), for each token                                          sequence
+    G_t = gamma^(T - t) exp(sum_{j > t} d_j), gamma = 0.999                        suffix
+    G   = exp(sum_j d_j), for each token; log G in [-10, 5] in both               sequence
 
 q is the model that wrote the trace: its log-probs stand in a file of rollouts. block: the suffix of
 a token's block of 4, for each of its tokens; where exactly a block's sum begins was not found, so

@@ -5,14 +5,16 @@ the likelier the traces are to the base, the less it forgets.
 
 Here: SFT from one base on labels alone, on the world's short and verbose traces, on the base's own
 right answers, and on those of its GRPO model; forgotten is what was known in words (`text`, never
-trained on), and captions, a task of the base: the log-prob per token of true ones.
+trained on), and captions, a task of the base: the log-prob per token of true ones. All take 96
+steps, though wrong answers are left out. How likely traces are is of the first batch.
 """
 import data
 from evaluate import Finding, spearman
 from tests.papers import mean_logprob, run_paper
 
 WAYS = {"labels": "{}/sft --traces answer", "short": "{}/sft", "verbose": "{}/sft --traces verbose",
-        "its own": "{0}/sft --traces @{0}", "its GRPO's": "{0}/sft --traces @{0}+grpo"}
+        "its own": "{0}/sft --traces @{0} --steps 96",
+        "its GRPO's": "{0}/sft --traces @{0}+grpo --steps 96"}
 
 
 def likely(a, base, figure):
@@ -37,7 +39,7 @@ FINDING = Finding(
      "the likelier, the better captions (strong base, 100 ρ)":
          lambda a: likely(a, "strong", "captions"),
      "answers of its GRPO model forget less than labels (strong base, in words)":
-         lambda a: a("strong/sft --traces @strong+grpo", "text")
+         lambda a: a(WAYS["its GRPO's"].format("strong"), "text")
          - a("strong/sft --traces answer", "text")})
 MEASURES = dict(captions=captions)
 

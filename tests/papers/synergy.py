@@ -9,9 +9,9 @@ lies between SFT and RL, or behind SFT then RL.
     merged        theta = (1 - lambda) theta_SFT + lambda theta_RL, both from one base
 
 Buckets of difficulty L1 to L5: questions that the base solves in at least 12, 8, 5, 2 of 16 tries,
-or seldomer. Rates of the two kinds of steps, and lambda, were not found: GRPO's rate; one half. All
-but merged take as many steps as GRPO alone, so fewer than SFT then GRPO. `reward` in metrics.jsonl
-counts rollouts that were helped, too.
+or seldomer. Given tokens of progressive rollouts have no weight. Rates of the two kinds of steps,
+and lambda, were not found: GRPO's rate; one half. All but merged take as many steps as GRPO alone,
+so fewer than SFT then GRPO. `reward` in metrics.jsonl counts rollouts that were helped, too.
 """
 import functools
 import pathlib
@@ -106,8 +106,8 @@ FINDING = Finding(
     "Synergy: does any way to mix SFT and RL beat one after the other?", "base",
     ("weak", "strong"), ("test", "ood"),
     {"SFT": "{}/sft", "GRPO": "{}/grpo", "SFT → GRPO": "{}/sft/grpo", **MODES},
-    {f"{mode}: behind SFT → GRPO (weak base)":
-        lambda a, cell=cell.format("weak"): a("weak/sft/grpo") - a(cell)
+    {f"{mode} leads SFT → GRPO (weak base)":
+        lambda a, cell=cell.format("weak"): a(cell) - a("weak/sft/grpo")
      for mode, cell in MODES.items()})
 MEASURES = {name: functools.partial(at_level, name=name) for name in LEVELS}
 

@@ -11,6 +11,8 @@ groups does so where, of its question's rollouts before it, a share under {0.5, 
 else it is free. TrSFT's tokens are tokens of the one sum of weight * grad log p: their weight
 stands where others have an advantage. Not published: whether prefixes of dropped groups count. Here
 they do not. `reward` in metrics.jsonl counts what was helped, too; `sampled` is of all generations.
+RL here differs from this repository's GRPO in more than prefixes: «without prefixes» has its
+options alone.
 """
 from dataclasses import dataclass
 
@@ -64,14 +66,16 @@ def train(c):
     grpo.main(c, one_step)
 
 
+PLAIN = "{}/grpo --algorithm dr_grpo --filter drop --aggregation token"
 FINDING = Finding(
     "TRAPO: do rollouts that begin with an expert's tokens beat SFT, then GRPO?", "base",
     ("weak", "strong"), ("test", "ood"),
-    {"SFT": "{}/sft", "GRPO": "{}/grpo", "SFT → GRPO": "{}/sft/grpo", "TRAPO": "{}/trapo",
-     "NLL on prefixes": "{}/trapo --prefix-loss nll"},
+    {"SFT": "{}/sft", "GRPO": "{}/grpo", "without prefixes": PLAIN, "SFT → GRPO": "{}/sft/grpo",
+     "TRAPO": "{}/trapo", "NLL on prefixes": "{}/trapo --prefix-loss nll"},
     {"TRAPO leads GRPO (weak base)": lambda a: a("weak/trapo") - a("weak/grpo"),
+     "prefixes gain (weak base)": lambda a: a("weak/trapo") - a(PLAIN.format("weak")),
      "TRAPO leads SFT → GRPO (weak base)": lambda a: a("weak/trapo") - a("weak/sft/grpo"),
-     "with NLL on prefixes it is worse (weak base)":
+     "TrSFT on prefixes leads NLL there (weak base)":
          lambda a: a("weak/trapo") - a("weak/trapo --prefix-loss nll")})
 
 if __name__ == "__main__":

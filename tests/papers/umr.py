@@ -105,12 +105,12 @@ WAYS = {f"{weight} weight, {direction} direction":
 SFT, SWAPPED, OTHER, CONTRASTIVE = (cell.format("strong") for cell in WAYS.values())
 FINDING = Finding(
     "A judge of pictures: by imitation of yes and no, or by contrast?", "base", ("weak", "strong"),
-    ("test",), WAYS,
-    {"SFT ranks better than contrast (MRR of 8)":
+    ("mrr_8",), WAYS,
+    {"SFT ranks better than contrast (strong base, MRR of 8)":
          lambda a: a(SFT, "mrr_8") - a(CONTRASTIVE, "mrr_8"),
-     "SFT's weight on contrast's direction does, too":
+     "so does SFT's weight on contrast's direction":
          lambda a: a(SWAPPED, "mrr_8") - a(CONTRASTIVE, "mrr_8"),
-     "contrast's weight on SFT's direction does not":
+     "contrast's weight on SFT's direction ranks worse":
          lambda a: a(CONTRASTIVE, "mrr_8") - a(OTHER, "mrr_8")})
 MEASURES = dict(mrr_4=functools.partial(mrr, count=4), mrr_8=mrr,
                 mrr_16=functools.partial(mrr, count=16))

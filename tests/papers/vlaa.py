@@ -7,7 +7,9 @@ choice, boxes by overlap, words) teaches more than one that compares texts.
     exact   1 where the text of the answer is that of the gold answer
 
 The file: the tabletop's questions, of which every other one with a number gives four choices, so
-that its gold answer is a letter. Weights of the paper's mixed reward were not found: 1 and 0.1.
+that its gold answer is a letter. In this world a right number, word or box is written in one way,
+so the two rewards differ on choices alone, and the test has none of these. Weights of the paper's
+mixed reward were not found: 1 and 0.1.
 """
 import dataclasses
 import functools
