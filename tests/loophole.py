@@ -32,7 +32,7 @@ class Config(grpo.Config):
     """Options of grpo.py, of which three have other defaults, and two more."""
     share: float = option(1.0, "of the training pictures that have a mark", most=1)
     mark: int = option(16, "its width and height in pixels", least=1, most=16)
-    lr: float = option(3e-3, "peak learning rate", least=1e-9)
+    lr: float = option(2e-3, "peak learning rate", least=1e-9)
     beta: float = option(0.0, "weight of the KL in the loss")
     eval_every: int = option(10, "steps between evaluations on val, and looks", least=1)
 

@@ -131,14 +131,17 @@ def in_points(values):
     return f"{middle:+.1f}" + (f" [{low:+.1f}, {high:+.1f}]" if len(values) > 1 else "")
 
 
+def verdict_of(row):
+    """Of fewer than six seeds it is a first look."""
+    return row["verdict"] + " (first look)" * (len(row["values"]) < 6)
+
+
 def verdict_table(results, findings=FINDINGS):
     """A row for each claim whose cells are there."""
     rows = [["finding", "claim", "difference in points", "seeds", "verdict", "of all (Holm)"]]
     for row in judged(results, findings):
-        seeds = len(row["values"])
-        look = " (first look)" if seeds < 6 else ""
-        rows.append([row["finding"], row["claim"], in_points(row["values"]), str(seeds),
-                     row["verdict"] + look, row["holm"]])
+        rows.append([row["finding"], row["claim"], in_points(row["values"]),
+                     str(len(row["values"])), verdict_of(row), row["holm"]])
     return rows
 
 
@@ -148,7 +151,7 @@ def paper_table(results, papers):
     rows = [["file", "asks", "claims: difference in points, seeds, verdict"]]
     for name, finding in papers.items():
         claims = (f"{row['claim']}: {in_points(row['values'])}, {len(row['values'])}, "
-                  f"{row['verdict']}" for row in found.get(name, ()))
+                  f"{verdict_of(row)}" for row in found.get(name, ()))
         rows.append([f"`{name}.py`", finding.question, "<br>".join(claims) or "not run yet"])
     return rows
 

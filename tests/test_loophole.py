@@ -115,6 +115,6 @@ def test_cells_parse():
         command = list(evaluate.way_to(cell, c, 3)[1].values())[-1]
         assert command.startswith("python -m tests.loophole train --init ")
         config = evaluate.parse(loophole.Config, command.split()[4:])
-        assert config.seed == 3 and config.eval_every == 10 and config.lr == 3e-3
+        assert config.seed == 3 and config.eval_every == 10 and config.lr == 2e-3
         assert config.share == (0 if "share 0" == cell[-7:] else 0.5 if "0.5" in cell else 1)
     assert grpo.Config().beta and not loophole.Config().beta and sft.Config().lr is None
