@@ -693,7 +693,7 @@ def course(rows, parameters, spent):
     spent, points, since = Counter(spent), [], []
     for row in rows:
         if "val_accuracy" not in row:
-            row.setdefault("sampled", row["tokens"] * ("reward" in row))
+            row = dict(sampled=row["tokens"] * ("reward" in row)) | row      # unless it is told
             spent.update(seconds=row["seconds"], flops=flops(row, parameters),
                          trained=row["tokens"], sampled=row["sampled"])
             since.append(row)

@@ -55,18 +55,18 @@ def train(c):
     grpo.main(c, one_step)
 
 
-PLAIN = "/acereason --target-entropy 0 --first-budget 0"
+PLAIN = "{}/acereason --target-entropy 0 --first-budget 0"
 FINDING = Finding(
     "AceReason: does a temperature that follows the entropy, or a short budget first, help?",
     "base", ("weak", "strong"), ("test", "ood"),
     {"GRPO": "{}/grpo", "both": "{}/acereason", "temperature": "{}/acereason --first-budget 0",
      "budget": "{}/acereason --target-entropy 0",
-     "neither": f"{{}}{PLAIN}"},
-    {"both lead plain RL (weak base)": lambda a: a("weak/acereason") - a(f"weak{PLAIN}"),
+     "neither": PLAIN},
+    {"both lead plain RL (weak base)": lambda a: a("weak/acereason") - a(PLAIN.format("weak")),
      "the temperature leads plain RL (weak base)":
-         lambda a: a("weak/acereason --first-budget 0") - a(f"weak{PLAIN}"),
+         lambda a: a("weak/acereason --first-budget 0") - a(PLAIN.format("weak")),
      "the budget leads plain RL (weak base)":
-         lambda a: a("weak/acereason --target-entropy 0") - a(f"weak{PLAIN}")})
+         lambda a: a("weak/acereason --target-entropy 0") - a(PLAIN.format("weak"))})
 
 if __name__ == "__main__":
     run_paper(FINDING, train, Config, __doc__)

@@ -6,10 +6,10 @@ values stay and singular vectors turn, and putting back an early model's vectors
     angles between W and W':  arccos of the singular values of UᵀU' and of VᵀV'
     restored:                 the late W with its k first singular vectors those of the early W
 
-SFT of 1, 4 and 12 epochs, each with a schedule of its own, for checkpoints of one run; restored is
-a longer one by the vectors of the shortest; where that has not the higher ood, there is nothing to
-heal. Vectors of two matrices are not orthogonal to each other, so
-what is restored has other singular values than the late W, unless all are replaced.
+SFT of 1, 4 and 12 epochs, each with a schedule of its own, for checkpoints of one run; restored are
+the longer ones, by vectors of the shortest; where that has not the higher ood, there is nothing to
+heal. Vectors of two matrices are not orthogonal to each other, so what is restored has other
+singular values than the late W, unless all are replaced.
 """
 import torch
 
