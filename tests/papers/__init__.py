@@ -26,6 +26,8 @@ from kernels import Sampler, length_mask
 from model import load_checkpoint, read_json, write_file
 from tests import report
 
+BAR = "{}/sft/grpo --steps 57"       # of all mixtures: the compute of 100 steps of GRPO, as they take
+
 
 def register(name, every=10):
     """Lets cells be trained by the `train` of a file here."""

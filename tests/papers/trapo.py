@@ -12,7 +12,7 @@ else it is free. TrSFT's tokens are tokens of the one sum of weight * grad log p
 stands where others have an advantage. Not published: whether prefixes of dropped groups count. Here
 they do not. `reward` in metrics.jsonl counts what was helped, too; `sampled` is of all generations.
 RL here differs from this repository's GRPO in more than prefixes: «without prefixes» has its
-options alone.
+options alone. Steps are those that take the compute of 100 of GRPO, about 2.0e12 FLOP.
 """
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ import grpo
 from data import DataError
 from evaluate import Finding, option
 from sft import WEIGHTS
-from tests.papers import begin_with, recorded, register, run_paper
+from tests.papers import BAR, begin_with, recorded, register, run_paper
 
 SIZES, SHARES, BARS = (4, 2, 1, 1), (0.0, 0.2, 0.5, 1.0), (2.0, 0.5, 0.7, 0.9)
 register("trapo")
@@ -66,17 +66,17 @@ def train(c):
     grpo.main(c, one_step)
 
 
-PLAIN = "{}/grpo --algorithm dr_grpo --filter drop --aggregation token"
+PLAIN = "{}/grpo --algorithm dr_grpo --filter drop --aggregation token --steps 130"
+TRAPO, NLL = "{}/trapo --steps 80", "{}/trapo --prefix-loss nll --steps 80"
 FINDING = Finding(
     "TRAPO: do rollouts that begin with an expert's tokens beat SFT, then GRPO?", "base",
     ("weak", "strong"), ("test", "ood"),
-    {"SFT": "{}/sft", "GRPO": "{}/grpo", "without prefixes": PLAIN, "SFT → GRPO": "{}/sft/grpo",
-     "TRAPO": "{}/trapo", "NLL on prefixes": "{}/trapo --prefix-loss nll"},
-    {"TRAPO leads GRPO (weak base)": lambda a: a("weak/trapo") - a("weak/grpo"),
-     "prefixes gain (weak base)": lambda a: a("weak/trapo") - a(PLAIN.format("weak")),
-     "TRAPO leads SFT → GRPO (weak base)": lambda a: a("weak/trapo") - a("weak/sft/grpo"),
-     "TrSFT on prefixes leads NLL there (weak base)":
-         lambda a: a("weak/trapo") - a("weak/trapo --prefix-loss nll")})
+    {"SFT": "{}/sft", "GRPO": "{}/grpo", "without prefixes": PLAIN, "SFT → GRPO": BAR, "TRAPO": TRAPO,
+     "NLL on prefixes": NLL},
+    {f"TRAPO leads {name} (weak base)":
+        lambda a, cell=cell: a(TRAPO.format("weak")) - a(cell.format("weak"))
+     for name, cell in {"GRPO": "{}/grpo", "its RL without prefixes": PLAIN, "SFT → GRPO": BAR,
+                        "NLL on prefixes": NLL}.items()})
 
 if __name__ == "__main__":
     run_paper(FINDING, train, Config, __doc__)
