@@ -542,3 +542,7 @@ def test_a_comparison_from_its_command_line(tmp_path, monkeypatch, capfd):
     assert torch.allclose(one, sum(parts) / 2) and not torch.equal(*parts)
     papers.run_paper(finding, None, None, "")
     assert "train --init" not in capfd.readouterr().out      # nothing is made twice
+    for more in (["--preset", "smoke"], ["--finding", "capacity"]):
+        monkeypatch.setattr("sys.argv", words + more)
+        with pytest.raises(SystemExit, match="leave them out"):          # once without a word
+            papers.run_paper(finding, None, None, "")

@@ -20,7 +20,7 @@ import torch
 
 import evaluate
 import grpo
-from data import World, pad_rows
+from data import DataError, World, pad_rows
 from evaluate import StudyConfig, run_script
 from kernels import Sampler, length_mask
 from model import load_checkpoint, read_json, write_file
@@ -41,6 +41,9 @@ def cells_of(finding):
 
 def compare(findings, c):
     """Makes the cells of findings that are not there yet, as `evaluate.py study` does."""
+    if (c.preset, c.finding) != (StudyConfig.preset, None):
+        raise DataError("--preset and --finding choose cells of evaluate.py study; a paper has its "
+                        "own: leave them out")
     cells = sum(map(cells_of, findings), [])
     evaluate.PRESETS["paper-cells"] = evaluate.PRESETS["paper"] | dict(cells=cells)
     evaluate.study(replace(c, preset="paper-cells", finding=None))
