@@ -8,7 +8,7 @@ the parameters frozen that RL moved most, beats interleaving all of SFT with RL.
 Questions of which a group solves less than the threshold go into the buffer with their trace, once
 each phase. Interval, share, alpha, threshold were not published: 5 steps a phase, 0.1, 0.5, 0.25.
 A resumed run begins with an empty buffer, and nothing frozen. Interleaving takes turns each step.
-All take the compute of 100 steps of GRPO, about 2.0e12 FLOP.
+SFT's steps have GRPO's rate; all are without KL, and take the compute of 100 steps of GRPO.
 """
 from dataclasses import dataclass
 
@@ -70,7 +70,7 @@ class Mifo:
                 self.remember(run)
             return metrics
         failed = [*self.buffer.values()]
-        lessons = failed[place * B:][:B] or failed[:B]
+        lessons = [failed[(place * B + i) % len(failed)] for i in range(min(B, len(failed)))]
         metrics = sft.imitate(run, step, *run.processor.prepare(lessons, range(len(lessons))))
         with torch.no_grad():        # put back: both optimizers move what has no gradient
             for name, entries in self.frozen(run.config.frozen).items():

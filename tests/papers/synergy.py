@@ -4,17 +4,19 @@ Its sentence: interleaved, progressive and mixed trainings, and merged models, d
 lies between SFT and RL, or behind SFT then RL.
 
     interleaved   a step of SFT, a step of RL, in turn
-    progressive   rollouts begin with a share 1 - step / steps of the trace
+    progressive   rollouts begin with a share 1 - 2 step / steps of the trace, later without
     mixed         one rollout of each group is the trace, with weight 1 on its tokens, as in SFT
     merged        theta = (1 - lambda) theta_SFT + lambda theta_RL, both from one base
 
 Buckets of difficulty L1 to L5: questions that the base solves in at least 12, 8, 5, 2 of 16 tries,
-or seldomer. Given tokens of progressive rollouts have no weight. Rates of the two kinds of steps,
-and lambda, were not found: GRPO's rate; one half. Each takes the steps that make its compute that
-of 100 of GRPO, about 2.0e12 FLOP. `reward` in metrics.jsonl counts rollouts that were helped, too.
+or seldomer. Given tokens of progressive rollouts have no weight: without a free second half none
+would learn its first ones. Rates of the two kinds of steps, and lambda, were not found: GRPO's
+rate; one half. All are without KL, and take the steps that make their compute that of 100 of GRPO,
+about 2.0e12 FLOP. `reward` in metrics.jsonl counts rollouts that were helped, too.
 """
 import functools
 import pathlib
+import shlex
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +45,7 @@ def guided(run, step, examples, prompts):
     """grpo.rollout that begins with what --mode says."""
     c, shares = run.config, torch.zeros(len(examples), run.config.group)
     if c.mode == "progressive":
-        shares[:] = 1 - step / c.steps
+        shares[:] = max(0, 1 - 2 * step / c.steps)
     else:
         shares[:, -1] = 1
     given = begin_with(run, examples, shares).to(c.device)
@@ -70,8 +72,9 @@ def train(c):
     if c.mode != "merged":
         return grpo.main(c, one_step)
     shared = options_of(c, sft.RunConfig, "steps", "lr")
-    run_command(f"python sft.py --out {c.out}/sft --resume{shared}")
-    run_command(f"python grpo.py --out {c.out}/grpo --resume{options_of(c, grpo.Config)}")
+    out = shlex.quote(c.out)
+    run_command(f"python sft.py --out {out}/sft --resume{shared}")
+    run_command(f"python grpo.py --out {out}/grpo --resume{options_of(c, grpo.Config)}")
     model, processor = load_checkpoint(f"{c.out}/sft")
     merged(model, load_checkpoint(f"{c.out}/grpo")[0], c.merge)
     save_checkpoint(model, processor, c.out)
@@ -100,7 +103,7 @@ def at_level(directory, name):
     return mean(rights) if rights else None
 
 
-STEPS = dict(interleaved=200, progressive=125, mixed=125, merged=64)
+STEPS = dict(interleaved=200, progressive=125, mixed=125, merged=82)
 MODES = {mode: f"{{}}/synergy --mode {mode} --steps {steps}" for mode, steps in STEPS.items()}
 FINDING = Finding(
     "Synergy: does any way to mix SFT and RL beat one after the other?", "base",

@@ -12,7 +12,8 @@ else it is free. TrSFT's tokens are tokens of the one sum of weight * grad log p
 stands where others have an advantage. Not published: whether prefixes of dropped groups count. Here
 they do not. `reward` in metrics.jsonl counts what was helped, too; `sampled` is of all generations.
 RL here differs from this repository's GRPO in more than prefixes: «without prefixes» has its
-options alone. Steps are those that take the compute of 100 of GRPO, about 2.0e12 FLOP.
+options alone. Steps are those that take the compute of 100 of GRPO, about 2.0e12 FLOP. But for that
+GRPO nothing here has a KL.
 """
 from dataclasses import dataclass
 
