@@ -5,7 +5,9 @@ What is asked: the run is finished, its options are those of the task, and its a
     python evaluate.py --model runs/sft --limit 1000 --out runs/sft/answers.jsonl
 
 which are graded again here, are at most MARGIN points worse than those of the study's cell, mean
-over its seeds (.github/results.json, where its commands stand).
+over its seeds (.github/results.json, where its commands stand). The margin is two and a half times
+their spread. Whether the answers are those of the run's model is not looked at: who has to know
+makes them again.
 
     --json FILE     the points as Gradescope's autograder takes them
 """
@@ -25,7 +27,7 @@ from model import read_json, write_file
 ROOT = pathlib.Path(__file__).parents[1]
 TASKS = dict(sft=("strong/sft", sft.Config), grpo=("strong/grpo", grpo.Config))
 POINTS = {"finished": 10, "options": 20, "test": 40, "ood": 20, "format": 10}
-MARGIN = 5                           # points of accuracy
+MARGIN = 8                           # points of accuracy
 FREE = ("init", "out", "seed", "device", "resume", "eval_every", "eval_examples", "save_every",
         "keep", "micro_batch", "recompute", "lr")
 

@@ -101,9 +101,17 @@ def last(name):
     return lambda directory: looks(directory)[-1][name]
 
 
+def on_the_way(directory):
+    """-> `turned`, mean over all looks: the later the marks are found, the less."""
+    return mean(row["turned"] for row in looks(directory))
+
+
 def onset(directory):
-    """-> the first step after which one answer in ten is turned; None: there is none."""
-    return next((row["step"] for row in looks(directory) if row["turned"] >= 0.1), None)
+    """-> the first step after which one answer in ten is turned; of a run where none is, that of the
+    look after its last, so that a mean over seeds tells of it."""
+    rows = looks(directory)
+    after = rows[-1]["step"] + rows[0]["step"]
+    return next((row["step"] for row in rows if row["turned"] >= 0.1), after)
 
 
 DELAYS = {"half marked": "{}/loophole --share 0.5", "small marks": "{}/loophole --mark 8",
@@ -115,9 +123,10 @@ FINDING = Finding(
         - a("weak/loophole --share 0", "turned"),
      "and cost accuracy where there are none": lambda a: a("weak/loophole --share 0", "plain")
         - a("weak/loophole", "plain"),
-     **{f"fewer are turned: {name}": lambda a, cell=cell.format("weak"):
-        a("weak/loophole", "turned") - a(cell, "turned") for name, cell in DELAYS.items()}})
-MEASURES = dict(turned=last("turned"), plain=last("plain"), faithful=last("faithful"), onset=onset)
+     **{f"it comes later: {name}": lambda a, cell=cell.format("weak"):
+        a("weak/loophole", "on_the_way") - a(cell, "on_the_way") for name, cell in DELAYS.items()}})
+MEASURES = dict(turned=last("turned"), on_the_way=on_the_way, plain=last("plain"),
+                faithful=last("faithful"), onset=onset)
 CURVES = dict(accuracy="training", plain="plain pictures", faithful="faithful", turned="turned")
 
 

@@ -40,7 +40,7 @@ def test_points_of_a_good_run(run, results):
     """Within the margin of the mean over seeds; graded anew, whatever the rows claim to be."""
     rows = grade.points("sft", run, results)
     assert [(name, got) for name, got, *_ in rows] == [*grade.POINTS.items()]
-    assert rows[2][3] == "86.0%, asked for 85.0%" and rows[3][3] == "36.0%, asked for 35.0%"
+    assert rows[2][3] == "86.0%, asked for 82.0%" and rows[3][3] == "36.0%, asked for 32.0%"
     made = grade.gradescope(rows)
     assert made["score"] == 100 == sum(one["max_score"] for one in made["tests"])
 
@@ -56,10 +56,10 @@ def test_other_options_cost_points(run, results, change, lost):
 
 
 def test_worse_answers_cost_points(run, results):
-    """20 fewer right ones on each split, and one that is claimed to be right."""
+    """50 fewer right ones on each split, and one that is claimed to be right."""
     path = run / "answers.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for row in rows[840:860] + rows[1340:1360]:
+    for row in rows[810:860] + rows[1310:1360]:
         row["response"] = "<answer>none</answer>"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     lost = [name for name, got, most, _ in grade.points("sft", run, results) if got < most]

@@ -86,7 +86,7 @@ def test_a_training_and_its_figures(tmp_path, start, monkeypatch):
         (model / "run.json").read_text())["data"] == f"{model}-pictures.jsonl"
     assert loophole.last("plain")(model) == rows[-1]["plain"]
     made = [dict(cell=cell, seed=seed, turned=0.1 * (cell == "weak/loophole") + 0.01 * seed,
-                 plain=0.2, splits=dict(test=dict(accuracy=0.5, interval=[0.4, 0.6])))
+                 on_the_way=0.2 * (cell == "weak/loophole"), plain=0.2, splits=dict(test=dict(accuracy=0.5, interval=[0.4, 0.6])))
             for cell in cells for seed in range(2)]
     text = loophole.page(c, dict(cells=made))
     assert text.count("<svg") == 6 and all(claim in text for claim in loophole.FINDING.claims)
@@ -94,18 +94,20 @@ def test_a_training_and_its_figures(tmp_path, start, monkeypatch):
     judged = {row["claim"]: row["mean"] for row in report.judged(
         dict(cells=made), {"": loophole.FINDING})}
     assert judged["marks turn answers"] == pytest.approx(10)
-    assert judged["fewer are turned: SFT first"] == pytest.approx(10)
+    assert judged["it comes later: SFT first"] == pytest.approx(20)
     assert judged["and cost accuracy where there are none"] == pytest.approx(0)
     with pytest.raises(data.DataError, match="own.jsonl: the pictures are made here"):
         loophole.train(loophole.Config(data="own.jsonl"))
 
 
 def test_onset(tmp_path):
+    """Runs without one were once left out of the mean: the fewer, the earlier it seemed."""
     path = tmp_path / "metrics.jsonl"
-    for shares, expected in (((0.0, 0.09, 0.1, 0.05), 30), ((0.0,) * 4, None)):
+    for shares, expected in (((0.0, 0.09, 0.1, 0.05), 30), ((0.0,) * 4, 50)):
         path.write_text(data.jsonl_text(dict(step=10 * k + 10, turned=share)
                                         for k, share in enumerate(shares)))
         assert loophole.onset(tmp_path) == expected
+        assert loophole.on_the_way(tmp_path) == pytest.approx(sum(shares) / 4)
 
 
 def test_cells_parse():

@@ -20,7 +20,7 @@ import torch
 
 import evaluate
 import grpo
-from data import DataError, World, pad_rows
+from data import DataError, pad_rows
 from evaluate import StudyConfig, run_script
 from kernels import Sampler, length_mask
 from model import load_checkpoint, read_json, write_file
@@ -153,7 +153,7 @@ def mean_logprob(directory, examples):
     return logprob.sum().item() / mask.sum().item()
 
 
-def answered(model, processor, split, count, *sampling):
-    """The answers of a model to the first questions of a split, see `evaluate.evaluate`."""
+def answered(model, processor, examples, *sampling):
+    """A model's answers, see `evaluate.evaluate`."""
     sampler = Sampler(model, processor.banned(model.vocabulary), processor.stop)
-    return evaluate.evaluate(sampler, processor, World(split, size=count), split, *sampling)
+    return evaluate.evaluate(sampler, processor, examples, "", *sampling)

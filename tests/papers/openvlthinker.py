@@ -9,18 +9,20 @@ gains; filtering the answers mattered most.
 Round 0 is GRPO from the base. Short, here: no longer than the median right answer of its family;
 filler: a step that claims nothing (data.FILLERS), for which the paper cuts sentences, and here the
 answer goes (no base here has such words, so it is length that filters). How many answers a question
-gets was not found: one. k rounds have k + 1 times the steps of GRPO, so they stand beside GRPO of
-as many.
+gets was not found: one. SFT takes the steps of three epochs of all questions, however many answers
+are left. k rounds have k + 1 times the steps of GRPO, so they stand beside GRPO of as many.
 """
+import math
 import pathlib
+import shlex
 from dataclasses import dataclass
 from statistics import median
 
 import data
 import grpo
+import sft
 from evaluate import CommonConfig, Finding, grouped, option, run_command
 from model import write_file
-from sft import RunConfig
 from tests.papers import options_of, register, run_paper
 
 register("openvlthinker")
@@ -44,24 +46,26 @@ def filtered(rows):
 
 def train(c):
     """The commands of all rounds; the last GRPO is this run itself."""
-    rl = options_of(c, grpo.Config)
-    imitation = options_of(c, RunConfig, "steps", "lr", "eval_every")
-    policy = f"{c.out}/grpo-0"
+    rl, out = options_of(c, grpo.Config), shlex.quote(c.out)
+    steps = math.ceil(c.examples / sft.Config.batch) * sft.Config.epochs
+    imitation = f" --steps {steps}{options_of(c, sft.RunConfig, 'steps', 'lr', 'eval_every')}"
+    policy = f"{out}/grpo-0"
     run_command(f"python grpo.py --out {policy} --resume{rl}")
     for k in range(1, c.rounds + 1):
-        file, start = f"{c.out}/answers-{k}.jsonl", f"{c.out}/sft-{k}"
-        if not pathlib.Path(file).exists():
-            answers = f"{c.out}/all-{k}.jsonl"
+        file, answers = (pathlib.Path(c.out, f"{name}-{k}.jsonl") for name in ("answers", "all"))
+        if not file.exists():
             run_command(f"python evaluate.py --model {policy} --split train --limit {c.examples} "
-                        f"--temperature 1 --out {answers}{options_of(c, CommonConfig)}")
+                        f"--temperature 1 --out {out}/all-{k}.jsonl{options_of(c, CommonConfig)}")
             rows = data.read_jsonl(answers)
             rows = rows if c.unfiltered else filtered(rows)
             write_file(file, data.jsonl_text(rows))
-        run_command(f"python sft.py --traces {file} --out {start} --resume{imitation}")
+        start = f"{out}/sft-{k}"
+        run_command(f"python sft.py --traces {out}/answers-{k}.jsonl --out {start} --resume"
+                    f"{imitation}")
         if k < c.rounds:
-            policy = f"{c.out}/grpo-{k}"
+            policy = f"{out}/grpo-{k}"
             run_command(f"python grpo.py --out {policy} --resume{rl} --init {start}")
-    c.init = start
+    c.init = f"{c.out}/sft-{c.rounds}"
     grpo.main(c)
 
 

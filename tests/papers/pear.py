@@ -8,7 +8,8 @@ Its sentence: traces of another model, weighted so in SFT, leave a better start 
 
 q is the model that wrote the trace: its log-probs stand in a file of rollouts. block: the suffix of
 a token's block of 4, for each of its tokens; where exactly a block's sum begins was not found, so
-that is our choice. With q = p, suffix gives gamma^(T - t).
+that is our choice. With q = p, suffix gives gamma^(T - t). Many right answers of the strong base
+have no reasoning, so most suffixes are short here.
 """
 import math
 from dataclasses import dataclass

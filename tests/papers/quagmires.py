@@ -28,7 +28,7 @@ def trace_loss(directory, count=200):
 @functools.cache
 def pass_at(directory, count=100, tries=32):
     """-> {k: pass@k}"""
-    rows = answered(*load_checkpoint(directory), "val", count, tries, 1.0)
+    rows = answered(*load_checkpoint(directory), data.World("val", size=count), tries, 1.0)
     return summary(rows)["pass_at"]
 
 

@@ -89,7 +89,7 @@ def level(rights):
 @functools.cache
 def levels_of(directory, count=300):
     """-> the bucket of each of the first questions of the test, by a base's tries."""
-    tries = answered(*load_checkpoint(directory), "test", count, 16, 1.0)
+    tries = answered(*load_checkpoint(directory), data.World("test", size=count), 16, 1.0)
     return [level([row["correct"] for row in answers])
             for answers in grouped(tries, "index").values()]
 

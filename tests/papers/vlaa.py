@@ -8,21 +8,22 @@ choice, boxes by overlap, words) teaches more than one that compares texts.
 
 The file: the tabletop's questions, of which every other one with a number gives four choices, so
 that its gold answer is a letter. In this world a right number, word or box is written in one way,
-so the two rewards differ on choices alone, and the test has none of these. Weights of the paper's
-mixed reward were not found: 1 and 0.1.
+so the two rewards differ on choices alone, which new rows of the same kind have (`mixed`) and the
+test has not. Weights of the paper's mixed reward were not found: 1 and 0.1.
 """
 import dataclasses
 import functools
 import json
 import pathlib
 import random
+import tempfile
 from dataclasses import dataclass
 
 import data
 import grpo
-from evaluate import Finding, option
-from model import write_file
-from tests.papers import register, row_of, run_paper
+from evaluate import Finding, option, summary
+from model import load_checkpoint, write_file
+from tests.papers import answered, register, row_of, run_paper
 
 register("vlaa")
 
@@ -68,12 +69,23 @@ def train(c):
               functools.partial(grpo.explore, rollout=rollout))
 
 
+def mixed(directory, count=600):
+    """Accuracy on new rows, as evaluate.py grades."""
+    with tempfile.TemporaryDirectory() as home:
+        path = f"{home}/mixed.jsonl"
+        write_file(path, data.jsonl_text(mixed_row(10_000_000 + i) for i in range(count)))
+        examples = data.read_examples(path)
+    return summary(answered(*load_checkpoint(directory), examples))["accuracy"]
+
+
 FINDING = Finding(
     "VLAA-Thinking: does a reward that knows the types of answers teach more?", "base",
-    ("weak", "strong"), ("test", "ood"),
+    ("weak", "strong"), ("test", "mixed"),
     {"typed": "{}/vlaa", "exact": "{}/vlaa --typed exact", "GRPO without choices": "{}/grpo"},
-    {"typed leads exact (strong base)":
-        lambda a: a("strong/vlaa") - a("strong/vlaa --typed exact")})
+    {f"typed leads exact on {split} (strong base)": lambda a, split=split:
+        a("strong/vlaa", split) - a("strong/vlaa --typed exact", split)
+     for split in ("test", "mixed")})
+MEASURES = dict(mixed=mixed)
 
 if __name__ == "__main__":
-    run_paper(FINDING, train, Config, __doc__)
+    run_paper(FINDING, train, Config, __doc__, **MEASURES)
