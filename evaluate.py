@@ -412,7 +412,7 @@ def run_script(main, Config, doc, argv=None):
     several processes the first talks."""
     config = parse(Config, argv, doc)
     if WORLD > 1:
-        torch.distributed.init_process_group()
+        torch.distributed.init_process_group("cpu:gloo" + ",cuda:nccl" * (config.device == "cuda"))
     if config.device == "cuda":
         torch.cuda.set_device(RANK % torch.cuda.device_count())
     if RANK > 0:

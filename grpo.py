@@ -169,8 +169,7 @@ def rollout(run, step, examples, prompts, given=None, reward=reward):
         advantage=advantage.abs().mean().item(), length=rollouts.lengths.float().mean().item(),
         truncated=1 - rollouts.finished.float().mean().item(),
         tokens=rollouts.lengths.sum().item(), grader_failures=len(parts) - len(known),
-        rollout_seconds=round(seconds, 4),
-        tokens_per_second=rollouts.lengths.sum().item() / seconds)
+        rollout_seconds=seconds, tokens_per_second=rollouts.lengths.sum().item() / seconds)
     return rollouts, mask, advantage.to(c.device), metrics
 
 

@@ -145,8 +145,8 @@ def token_logprobs(hidden, weight, targets, banned=None, temperature=1.0):
 # ------------------------------------------------------------------------------------- sampler
 CHECK_EVERY = 16         # steps of a GPU between looks at the end marks: each look waits for it
 WINDOW = 64              # steps of a GPU that read equally many slots: for each, a graph
-PROMPTS_AT_ONCE = 32     # prompts read together: more pictures, more activations of the ViT
-CACHE_BYTES = 2 ** 32    # of the rows at work
+TOKENS_AT_ONCE = 2048    # of prompts read together: more of them, more activations
+CACHE_BYTES = 2 ** 30    # of the rows at work
 
 
 @dataclass
@@ -222,9 +222,8 @@ class Sampler:
         """Buffers for as many of the groups as fit, kept where they do. -> how many"""
         c, head = self.model.config.text, self.model.lm_head.weight
         slot = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * head.element_size()
-        start = width
-        if self.on_gpu:                              # aligned; never less, so no new capture
-            start = max(16 * math.ceil(width / 16), self.shape[3])
+        aligned = 16 * math.ceil(width / 16)         # and never less, so no new capture
+        start = max(aligned, self.shape[3]) if self.on_gpu else width
         fit = CACHE_BYTES // (slot * (start + N * G))
         groups = max(1, min(prompts, self.rows // G, fit))
         if groups > self.shape[0] or (G, N, start) != self.shape[1:]:
@@ -252,8 +251,8 @@ class Sampler:
     def answer(self, prompts, seeds, given):
         """Reads at most as many prompts as there is room for, and steps until all have ended.
         given (B, G, N) -> ids, log-probs (B, G, N)"""
-        B, N = len(prompts.ids), self.shape[2]
-        for start, stop in pieces(0, B, PROMPTS_AT_ONCE):
+        (B, T), N = prompts.ids.shape, self.shape[2]
+        for start, stop in pieces(0, B, max(1, TOKENS_AT_ONCE // T)):
             self.admit(prompts.part(start, stop), slice(start, stop), seeds[start:stop])
         self.given[:, :B] = given.movedim(2, 0)
         self.generated.zero_()
@@ -288,12 +287,12 @@ class Sampler:
         window = WINDOW if self.on_gpu else 1
         slots = start + min(N, math.ceil(steps / window) * window) * G       # in use
         if slots in self.graphs:
-            self.graphs[slots].replay()
-            return
+            return self.graphs[slots].replay()
         self.step(slots)                             # also sets up cuBLAS, for the capture
         if self.on_gpu and self.capture:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            memory = next((other.pool() for other in self.graphs.values()), None)    # in turn
+            with torch.cuda.graph(graph, memory):
                 self.step(slots)                     # captured, it computes nothing
             self.graphs[slots] = graph
 

@@ -361,7 +361,7 @@ class VLM(nn.Module):
 
         def attend(layer, q, k, v, rope):
             q, k, v = (ragged.pad(x) for x in (rotary(q, *rope), rotary(k, *rope), v))
-            cache[layer] = k, v                                                # (B, T, K, E)
+            cache[layer] = None if past else (k, v)      # (B, T, K, E); held until backward ends
             if past:
                 past_k, past_v = past(layer)
                 k, v = torch.cat([past_k, k], 1), torch.cat([past_v, v], 1)    # (B, S, K, E)

@@ -93,7 +93,7 @@ class Config(RunConfig):
 def imitate(run, step, examples, prompts, responses):
     """One step on somebody's answers: responses [[id]], one for each example -> metrics."""
     c = run.config
-    tokens = sum(map(len, responses))
+    tokens = sum(map(len, responses))            # of the whole step
     sums = torch.zeros(3, device=c.device)       # of the whole step: a GPU is not waited for
     written = [one.sampled[1] if one.sampled[:1] == (ids,) else [math.nan] * len(ids)
                for one, ids in zip(examples, responses)]         # by whom, see imitation_loss
@@ -104,8 +104,7 @@ def imitate(run, step, examples, prompts, responses):
         with run.autocast():
             logprob, entropy = run.model.score(prompts.part(start, stop).to(c.device), ids, mask)
         known, _ = data.pad_rows(written[start:stop], math.nan)
-        loss = imitation_loss(logprob, entropy, known.to(c.device), mask, c.weight)
-        loss = loss / tokens         # of the whole step
+        loss = imitation_loss(logprob, entropy, known.to(c.device), mask, c.weight) / tokens
         loss.backward()
         sums += torch.stack([loss.detach(), entropy.sum(), logprob.detach().sum()])
     loss, entropy, logprob = summed(sums).tolist()
@@ -239,10 +238,9 @@ def make_optimizers(trained, lr):
 def lr_factor(step, steps, warmup, decay):
     """The learning rate of a step (0, 1, ...) over its peak: a linear warm-up; with `decay` it
     falls all the while, linearly to a tenth."""
-    factor = min(1.0, (step + 1) / max(1, warmup))
-    if decay:
-        factor *= 1 - 0.9 * step / steps
-    return factor
+    rising = min(1.0, (step + 1) / max(1, warmup))
+    falling = 1 - 0.9 * step / steps if decay else 1.0
+    return rising * falling
 
 
 def batch_indices(count, batch, step, seed):
@@ -268,7 +266,8 @@ class Run:
         self.decay, self.reference = decay, reference
         self.step, self.out = 0, pathlib.Path(config.out)        # step: how many are done
         self.options = asdict(config) | {
-            "init-weights": checksum(config.init), "data-rows": checksum(config.data)}
+            f"{name}-content": checksum(getattr(config, name, None))
+            for name in ("init", "data", "traces")}
         self.state = self.out / "training" / "state.safetensors"
         torch.backends.cuda.matmul.allow_tf32 = True             # the head's gradient is fp32
         self.trained = trained_parameters(model, config)
@@ -318,7 +317,7 @@ class Run:
                 self.optimizers[name].state[p][part] = tensor.to(p.device if tensor.ndim else "cpu")
 
     def is_kept(self):
-        return str(self.step) in self.config.keep.split(",")
+        return str(self.step) in self.config.keep.replace(" ", "").split(",")
 
     def save(self):
         """The checkpoint that others open; last, in one atomic file, the state to resume from."""
@@ -367,6 +366,7 @@ class Run:
         examples = load_examples(c, "val", c.eval_examples)
         self.sampler.refresh()
         rows = evaluate(self.sampler, self.processor, examples, "val", new_tokens=c.max_new_tokens)
+        self.sampler.reserve(1, 1, 1, 1)             # gives the memory of all that back
         figures = summary(rows)
         self.log(step=self.step, **{f"val_{name}": value for name, value in figures.items()})
         write_file(self.out / "answers" / f"step-{self.step}.jsonl", data.jsonl_text(rows))

@@ -122,6 +122,10 @@ class Graph:
     def __init__(self):
         self.steps, self.own, self.kernels, self.replays = [], {}, Counter(), 0
 
+    def pool(self):
+        """Of its own memory, or whose it is given."""
+        return self.given_pool or id(self)
+
     def reference(self, x):
         if isinstance(x, CudaTensor):
             return Reference(x, x.untyped_storage()._cdata in self.own)
@@ -243,7 +247,7 @@ class Device(TorchDispatchMode):
     @contextlib.contextmanager
     def capture(self, graph, pool=None):
         """torch.cuda.graph."""
-        self.capturing = graph
+        self.capturing, graph.given_pool = graph, pool
         try:
             yield
         finally:

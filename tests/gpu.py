@@ -310,7 +310,7 @@ def against_trl(part, name, run, step, size, directory):
 def peaks(part, label):
     room = torch.cuda.get_device_properties(0).total_memory / 1e9 if CUDA else math.inf
     for rank, script in itertools.product((0, 16 if CUDA else 2), (sft, grpo)):
-        computed = memory(SHAPES[label], script.__name__, rank)
+        computed, _ = memory(SHAPES[label], script.__name__, rank)
         name = f"{label}: {script.__name__.upper()} step{', LoRA' if rank else ''}"
         if computed < room:
             part.attempt(name, peak_of, script, SHAPES[label], rank, computed)

@@ -231,6 +231,17 @@ def test_captured_in_other_shapes(vlm, device):
         assert len(device.graphs) - before == fresh
 
 
+def test_graphs_share_their_memory(vlm, device):
+    """They run one after the other; each once had its own, hundreds of megabytes of logits."""
+    sampler = Pair(vlm, device, stop=-1).captured
+    for group in (2, 1):             # new buffers, new graphs
+        before = len(device.graphs)
+        sampler.generate(vlm.mixed, group, TOKENS)
+        first, *others = device.graphs[before:]
+        assert others and all(one.given_pool == first.pool() for one in others)
+        assert first.given_pool is None
+
+
 def test_captured_where_all_end_at_once(vlm, device):
     """No more than one look's steps are made where the first token ends every row."""
     banned = torch.ones_like(vlm.banned).index_fill(0, torch.tensor([vlm.stop]), False)

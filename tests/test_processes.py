@@ -1,4 +1,5 @@
 """Several processes by torchrun, here of CPUs (gloo): they train and answer as one does."""
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 import data
+import evaluate
 import grpo
 import kernels
 import sft
@@ -57,6 +59,24 @@ def work(start, out):
         module.main(module.Config(init=str(start), out=f"{out}/{name}", **SMALL | options))
         step = load_file(f"{out}/{name}/training/state.safetensors")["step"]
         torch.save((gradients, step), f"{out}/{name}/seen-{kernels.RANK}.pt")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_device_has_a_backend(monkeypatch, device):
+    """On a machine with a GPU torch alone chooses NCCL, which refuses the sums of CPU tensors: the
+    first of several processes that met stopped there."""
+    @dataclasses.dataclass
+    class Config:
+        device: str = evaluate.option("cuda", "where")
+
+    chosen = []
+    monkeypatch.setattr(evaluate, "WORLD", 2)
+    monkeypatch.setattr(torch.distributed, "init_process_group", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    evaluate.run_script(lambda c: None, Config, "", ["--device", device])
+    backend = torch.distributed.BackendConfig(torch.distributed.Backend(chosen[0]))
+    assert backend.device_backend_map == {"cpu": "gloo", device: dict(cpu="gloo", cuda="nccl")[device]}
 
 
 def launch(processes, *command):

@@ -146,13 +146,22 @@ def test_what_a_run_started_from_may_not_change(tmp_path, start):
     assert run(command("grpo.py", tmp_path / "out", init, *common)).returncode == 0
     write_rows(own, rows[::-1])
     said = one_line("grpo.py", tmp_path / "out", init, *common, "--resume")
-    assert "--data-rows was" in said
+    assert "--data-content was" in said
     write_rows(own, rows)
     weights = load_file(init / "model.safetensors")
     weights["lm_head.weight"][0, 0] += 1
     save_file(weights, init / "model.safetensors", {"format": "pt"})
     said = one_line("grpo.py", tmp_path / "out", init, *common, "--resume")
-    assert "--init-weights was" in said
+    assert "--init-content was" in said
+    traces = tmp_path / "traces.jsonl"
+    told = [dict(index=i, prompt=rows[i]["question"], response="<answer>3</answer>", correct=True)
+            for i in range(4)]
+    write_rows(traces, told)
+    assert run(command("sft.py", tmp_path / "told", init, *common, "--traces", traces)
+               ).returncode == 0
+    write_rows(traces, told[1:])
+    said = one_line("sft.py", tmp_path / "told", init, *common, "--traces", traces, "--resume")
+    assert "--traces-content was" in said
     shutil.rmtree(init)
     assert "config.json is missing" in one_line("grpo.py", tmp_path / "out", init, *common,
                                                 "--resume")
@@ -560,6 +569,13 @@ def test_validation_is_of_the_trained_model(tmp_path, start):
     assert all(torch.equal(mine, theirs.bfloat16()) for mine, theirs in pairs)
 
 
+def test_validation_gives_its_memory_back(tmp_path, start):
+    """The cache of 200 answers, gigabytes of a large model, was held through all of training."""
+    run = run_of(start, tmp_path)
+    run.validate()
+    assert run.sampler.shape[:3] == (1, 1, 1) and run.sampler.cache.nbytes < 2 ** 20
+
+
 @pytest.mark.parametrize("more, moved", [
     (dict(freeze_vision=True), {"connector", "text_model", "lm_head"}),
     (dict(lora_rank=2, lora_targets="q_proj, up_proj"), {"text_model"})])
@@ -618,36 +634,47 @@ def test_published_sizes(name):
 
 
 def memory(raw, script, rank):
-    """GB on a GPU, computed: what lives through a step, the sampler's cache, and one pass of
+    """GB on a GPU, computed, in a step and in a validation. A step: the sampler's cache, and one pass of
     --micro-batch 1 --recompute over a picture of 512x512 and answers of 256 tokens: of 8 rollouts
-    in GRPO (8 questions a step), of one trace in SFT."""
+    in GRPO (8 questions a step), of one trace in SFT. A validation: the cache of 240 answers, or
+    what there is room for."""
     with torch.device("meta"):
         model = models.VLM(raw)
         if rank:
             models.add_lora(model, rank, 32.0, sft.Config.lora_targets)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     every, c = sum(p.numel() for p in model.parameters()), model.config.text
-    total = 2 * every                # frozen in bf16, or what autocast makes of fp32 weights
+    total = 0.6e9 + 2 * every        # CUDA itself; in bf16: frozen, or a copy for the sampler
+    if script == "grpo" and not rank:
+        total += 4 * every           # the reference
     for optimizer in set(sft.make_optimizers(trained, 1.0).values()):     # all of it in fp32
         moments = 1 if isinstance(optimizer, sft.Muon) else 2
         total += 4 * (2 + moments) * sum(p.numel() for p in optimizer.param_groups[0]["params"])
+    slot = 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    layer = 2 * (8 * c.hidden_size + 4 * c.intermediate_size)    # of a token, within one layer
+
+    def cache(groups, group):
+        """Its bytes, and how many rows they hold."""
+        each = slot * (384 + 256 * group)
+        groups = min(groups, kernels.CACHE_BYTES // each)
+        return each * groups, groups * group
+
     tokens = 384 + 256 * (8 if script == "grpo" else 1)
-    if script == "grpo":             # bf16 copy for the sampler, fp32 reference; a bf16 cache
-        total += 0 if rank else (2 + 4) * every
-        token = 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-        group = token * (384 + 8 * 256)
-        total += group * min(8, 2 ** 32 // group)
-    total += tokens * c.num_hidden_layers * c.hidden_size * (4 if rank else 6)   # layers' inputs
-    total += tokens * 2 * (8 * c.hidden_size + 4 * c.intermediate_size)    # one layer, run again
-    chunk = max(kernels.CHUNK, kernels.LEAST * c.vocab_size)
-    head = 2 * 4 * c.vocab_size * c.hidden_size * (not rank)  # a chunk's gradient, and the new sum
-    return (total + head + 4 * 4 * chunk + 0.6e9) / 1e9       # chunks of logits; CUDA itself
+    step = 0 if rank else 2 * every  # what autocast makes of fp32 weights
+    step += cache(8, 8)[0] if script == "grpo" else 0
+    step += tokens * c.num_hidden_layers * c.hidden_size * (4 if rank else 6)    # layers' inputs
+    step += tokens * layer
+    step += 2 * 4 * c.vocab_size * c.hidden_size * (not rank)    # a chunk's gradient, the new sum
+    step += 4 * 4 * max(kernels.CHUNK, kernels.LEAST * c.vocab_size)             # chunks of logits
+    held, rows = cache(sft.Config.eval_examples, 1)
+    validation = held + kernels.TOKENS_AT_ONCE * layer + 4 * 4 * rows * c.vocab_size
+    return (total + step) / 1e9, (total + validation) / 1e9
 
 
 def test_memory_table():
     """The README's table is what these formulas give."""
     readme = (ROOT / "README.md").read_text()
     for name, (raw, _) in PUBLISHED.items():
-        cells = [f"{memory(raw, script, rank):.1f}" for rank in (0, 16)
+        cells = [f"{max(memory(raw, script, rank)):.1f}" for rank in (0, 16)
                  for script in ("sft", "grpo")]
         assert re.search(rf"\| {re.escape(name)} +\| " + r" +\| ".join(cells), readme), cells
