@@ -437,8 +437,9 @@ def read_row(row, where, root, check):
             raise DataError(f"no {part}: expected {NAMES[part]}; got {[*row]!r:.200}")
     choices = field_of(as_choices, row, "choices")
     question += "".join(f"\n({chr(ord('A') + i)}) {one}" for i, one in enumerate(choices or []))
-    told = max((str(row[name]) for name in NAMES["answer"] if name in row), key=len, default="")
-    rationale = text("rationale") or told.rpartition("####")[0] or told * (r"\boxed" in told[1:])
+    longest = max((str(row[name]) for name in NAMES["answer"] if name in row), key=len, default="")
+    solution = longest.rpartition("####")[0] or longest * (r"\boxed" in longest[1:])
+    rationale = text("rationale") or solution
     response = said or tagged(answer, re.sub("</?think>", "", rationale).strip())
     system = text("system") or ""
     images = field_of(as_images, row, "images", root) or []

@@ -139,7 +139,7 @@ FAULTS = [
     Fault("model.py", "what is recomputed is held",
           "None if past else (k, v)", "k, v", "tests/test_model.py -k frees"),
     Fault("data.py", "a solution is read as its answer alone",
-          'told * (r"\\boxed" in told[1:])', '""', "tests/test_data.py -k numina"),
+          'longest * (r"\\boxed" in longest[1:])', '""', "tests/test_data.py -k numina"),
     Fault("sft.py", "loss per example",
           "mask, c.weight) / tokens", "mask, c.weight) / len(examples)", LOOP),
     Fault("sft.py", "loss per pass",
