@@ -66,9 +66,9 @@ def gains(points):
                 spearman=spearman(reward[late:], held_out[late:]))
 
 
-def read_results(path):
-    """results.json of a study, its cells with their gains."""
-    cells = read_json(path)["cells"]
+def read_results(*paths):
+    """results.json of a study, or of several, its cells with their gains."""
+    cells = itertools.chain(*(read_json(path)["cells"] for path in paths))
     return dict(cells=[cell | gains(cell.get("points")) for cell in cells])
 
 
@@ -458,11 +458,12 @@ def report(results):
     return f"{page}<h2>Commands</h2><pre>{html.escape(chr(10).join(commands))}</pre>"
 
 
-def readme(text, results, kept):
-    """-> README's text with verdicts of these results, and a kept example, between its marks."""
+def readme(text, results, of_papers, kept):
+    """-> README's text with verdicts of these results, those of papers, and a kept example, between
+    its marks."""
     from tests.papers.__main__ import FINDINGS as papers          # which imports this file
     tables = dict(verdicts=verdict_table(results), example=example_table(kept),
-                  papers=paper_table(results, papers))
+                  papers=paper_table(of_papers, papers))
     for mark, table in tables.items():
         text = re.sub(rf"(?<=<!-- {mark} -->\n).*?(?=<!-- end -->)",
                       lambda _: f"{text_table(table)}\n", text, count=1, flags=re.S)
@@ -484,8 +485,9 @@ def parser():
 def main(options):
     path, kept = ROOT / "README.md", ROOT / ".github" / "example.json"
     if options.readme:
-        results = read_results(ROOT / ".github" / "results.json")
-        path.write_text(readme(path.read_text(), results, read_json(kept)))
+        files = [kept.with_name(name) for name in ("results.json", "papers.json")]
+        results, of_papers = read_results(files[0]), read_results(*files)
+        path.write_text(readme(path.read_text(), results, of_papers, read_json(kept)))
         (ROOT / ".github" / "capacity.svg").write_text(next(charts(results, "capacity")))
         picture = data.world_example(*read_json(kept)["id"].split("/")).images[0]
         picture.resize((256, 256), Image.NEAREST).save(ROOT / ".github" / "task.png")

@@ -519,8 +519,9 @@ KEPT = ROOT / ".github" / "results.json"
 def test_readme_shows_the_kept_results():
     """A table that was edited by hand, or that an older study wrote, is caught."""
     results, text = report.read_results(KEPT), (ROOT / "README.md").read_text()
+    of_papers = report.read_results(KEPT, KEPT.with_name("papers.json"))
     kept = json.loads(KEPT.with_name("example.json").read_text())
-    assert report.readme(text, results, kept) == text
+    assert report.readme(text, results, of_papers, kept) == text
     assert evaluate.text_table(report.example_table(kept)) in text
     shown = Image.open(KEPT.with_name("task.png")).resize((64, 64), Image.NEAREST)
     assert shown.tobytes() == data.world_example(*kept["id"].split("/")).images[0].tobytes()
