@@ -9,7 +9,7 @@ values stay and singular vectors turn, and putting back an early model's vectors
 
 SFT of 1, 4 and 12 epochs, each with a schedule of its own, for checkpoints of one run; restored are
 the longer ones, by vectors of the shortest; where that has not the higher ood, there is nothing to
-heal. A quarter of the vectors is put back: how many the paper takes differs from matrix to matrix.
+heal. The k of the paper was not found: a quarter of the vectors.
 """
 import torch
 
