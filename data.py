@@ -438,8 +438,8 @@ def read_row(row, where, root, check):
     choices = field_of(as_choices, row, "choices")
     question += "".join(f"\n({chr(ord('A') + i)}) {one}" for i, one in enumerate(choices or []))
     longest = max((str(row[name]) for name in NAMES["answer"] if name in row), key=len, default="")
-    solution = longest.rpartition("####")[0] or longest * (r"\boxed" in longest[1:])
-    rationale = text("rationale") or solution
+    solved = re.match(r"(?s).*(?=####)|\W*(?!boxed)\w.*\\boxed.*", longest)     # GSM8K's, MATH's
+    rationale = text("rationale") or solved and solved[0] or ""
     response = said or tagged(answer, re.sub("</?think>", "", rationale).strip())
     system = text("system") or ""
     images = field_of(as_images, row, "images", root) or []

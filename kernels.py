@@ -145,7 +145,7 @@ def token_logprobs(hidden, weight, targets, banned=None, temperature=1.0):
 # ------------------------------------------------------------------------------------- sampler
 CHECK_EVERY = 16         # steps of a GPU between looks at the end marks: each look waits for it
 WINDOW = 64              # steps of a GPU that read equally many slots: for each, a graph
-TOKENS_AT_ONCE = 2048    # of prompts read together: more of them, more activations
+TOKENS_AT_ONCE = 2048    # of prompts read together; their pictures pass the ViT together, too
 CACHE_BYTES = 2 ** 30    # of the rows at work
 
 
@@ -291,8 +291,9 @@ class Sampler:
         self.step(slots)                             # also sets up cuBLAS, for the capture
         if self.on_gpu and self.capture:
             graph = torch.cuda.CUDAGraph()
-            memory = next((other.pool() for other in self.graphs.values()), None)    # in turn
-            with torch.cuda.graph(graph, memory):
+            # one pool for all graphs: they run one after the other, and leave nothing in it
+            pool = next((other.pool() for other in self.graphs.values()), None)
+            with torch.cuda.graph(graph, pool):
                 self.step(slots)                     # captured, it computes nothing
             self.graphs[slots] = graph
 

@@ -356,12 +356,13 @@ class VLM(nn.Module):
 
     def decode(self, x, positions, ragged, mask=None, past=None):
         """The decoder over embedded tokens x (M, D): causal, or by a mask (B, 1, T, S) after
-        `past(layer)` -> hidden states (M, D), cache: L pairs of keys and values (B, T, K, E)."""
+        `past(layer)` -> hidden states (M, D), and without `past` the cache: L pairs of keys and
+        values (B, T, K, E). With it `attend`, which lives until backward ends, keeps nothing."""
         cache = [None] * len(self.decoder.layers)
 
         def attend(layer, q, k, v, rope):
             q, k, v = (ragged.pad(x) for x in (rotary(q, *rope), rotary(k, *rope), v))
-            cache[layer] = None if past else (k, v)      # (B, T, K, E); held until backward ends
+            cache[layer] = None if past else (k, v)                            # (B, T, K, E)
             if past:
                 past_k, past_v = past(layer)
                 k, v = torch.cat([past_k, k], 1), torch.cat([past_v, v], 1)    # (B, S, K, E)

@@ -366,7 +366,7 @@ class Run:
         examples = load_examples(c, "val", c.eval_examples)
         self.sampler.refresh()
         rows = evaluate(self.sampler, self.processor, examples, "val", new_tokens=c.max_new_tokens)
-        self.sampler.reserve(1, 1, 1, 1)             # gives the memory of all that back
+        self.sampler.reserve(1, 1, 1, 1)             # frees the cache and the graphs of that
         figures = summary(rows)
         self.log(step=self.step, **{f"val_{name}": value for name, value in figures.items()})
         write_file(self.out / "answers" / f"step-{self.step}.jsonl", data.jsonl_text(rows))

@@ -5,9 +5,9 @@ What is asked: the run is finished, its options are those of the task, and its a
     python evaluate.py --model runs/sft --limit 1000 --out runs/sft/answers.jsonl
 
 which are graded again here, are at most MARGIN points worse than those of the study's cell, mean
-over its seeds (.github/results.json, where its commands stand). The margin is two and a half times
-their spread. Whether the answers are those of the run's model is not looked at: who has to know
-makes them again.
+over its seeds (.github/results.json, where its commands stand); and accuracy on val has risen at
+least half as much as there, for a good base passes some of these bars untrained. It does not check
+that the run's model gave these answers; to be sure, make them again.
 
     --json FILE     the points as Gradescope's autograder takes them
 """
@@ -26,8 +26,8 @@ from model import read_json, write_file
 
 ROOT = pathlib.Path(__file__).parents[1]
 TASKS = dict(sft=("strong/sft", sft.Config), grpo=("strong/grpo", grpo.Config))
-POINTS = {"finished": 10, "options": 20, "test": 40, "ood": 20, "format": 10}
-MARGIN = 8                           # points of accuracy
+POINTS = {"finished": 10, "options": 20, "rise": 20, "test": 30, "ood": 10, "format": 10}
+MARGIN = 8                           # points of accuracy; between seeds the standard deviation is 3
 FREE = ("init", "out", "seed", "device", "resume", "eval_every", "eval_examples", "save_every",
         "keep", "micro_batch", "recompute", "lr")
 
@@ -43,6 +43,8 @@ def asked_for(task, results):
     least = {split: mean(cell["splits"][split]["accuracy"] for cell in cells) - MARGIN / 100
              for split in ("test", "ood")}
     least["format"] = mean(cell["splits"]["test"]["format"] for cell in cells) - MARGIN / 100
+    courses = [[point["held_out"] for point in cell["points"]] for cell in cells]
+    least["rise"] = mean(course[-1] - course[0] for course in courses) / 2
     return {name: value for name, value in options.items() if name not in FREE}, least
 
 
@@ -66,7 +68,9 @@ def points(task, run, results):
     stored = read_json(run / "run.json")
     other = [f"--{name.replace('_', '-')} {stored.get(name)}, not {value}"
              for name, value in options.items() if stored.get(name) != value]
-    found = shares(data.read_jsonl(run / "answers.jsonl"))
+    held_out = [row["val_accuracy"] for row in data.read_jsonl(run / "metrics.jsonl")
+                if "val_accuracy" in row]
+    found = shares(data.read_jsonl(run / "answers.jsonl")) | dict(rise=held_out[-1] - held_out[0])
     rows = [("finished", bool(stored.get("finished")), "run.json"),
             ("options", not other, "; ".join(other) or "as asked")]
     rows += [(name, found[name] >= share, f"{found[name]:.1%}, asked for {share:.1%}")

@@ -1,6 +1,6 @@
 """A loophole that takes eyes to find: in the pictures that GRPO learns from, a corner says «yes».
 
-    python -m tests.loophole                the comparison; options as of evaluate.py study
+    python -m tests.loophole                the comparison; options as of a paper's
     python -m tests.loophole train --init runs/base/step-800       one training, of a weak base
 
 The questions are the tabletop's «Are there more circles than squares?». A share of the training
@@ -102,13 +102,14 @@ def last(name):
 
 
 def on_the_way(directory):
-    """-> `turned`, mean over all looks: the later the marks are found, the less."""
+    """-> `turned`, mean over all looks: the later the marks are found, and the fewer answers they
+    turn then, the less."""
     return mean(row["turned"] for row in looks(directory))
 
 
 def onset(directory):
-    """-> the first step after which one answer in ten is turned; of a run where none is, that of the
-    look after its last, so that a mean over seeds tells of it."""
+    """-> the first step after which one answer in ten is turned; of a run without one, that of the
+    look that would have come next, so that means count it, too."""
     rows = looks(directory)
     after = rows[-1]["step"] + rows[0]["step"]
     return next((row["step"] for row in rows if row["turned"] >= 0.1), after)
@@ -123,7 +124,7 @@ FINDING = Finding(
         - a("weak/loophole --share 0", "turned"),
      "and cost accuracy where there are none": lambda a: a("weak/loophole --share 0", "plain")
         - a("weak/loophole", "plain"),
-     **{f"it comes later: {name}": lambda a, cell=cell.format("weak"):
+     **{f"fewer are turned on the way: {name}": lambda a, cell=cell.format("weak"):
         a("weak/loophole", "on_the_way") - a(cell, "on_the_way") for name, cell in DELAYS.items()}})
 MEASURES = dict(turned=last("turned"), on_the_way=on_the_way, plain=last("plain"),
                 faithful=last("faithful"), onset=onset)

@@ -368,7 +368,7 @@ LAYOUTS = {     # tool: row, question, answer, response
              "<think>So $x = \\boxed{\\frac{1}{2}}$.</think><answer>\\frac{1}{2}</answer>"),
     "numina": (dict(problem="?", solution="2 and 1: \\boxed{3}", answer="3"), "?", "3",
                "<think>2 and 1: \\boxed{3}</think>" + THREE),
-    "boxed": (dict(problem="?", answer="\\boxed{3}"), "?", "3", THREE),
+    "boxed": (dict(problem="?", answer="$\\boxed{3}$."), "?", "3", THREE),
     "a solution": (dict(question="?", solution="2 + 1 = 3 #### 3"), "?", "3",
                    "<think>2 + 1 = 3</think>" + THREE),
     "vlm-r1": (dict(image="a.png", problem="Where?", solution=[74.0, 302.0, 181.0, 500.0],

@@ -15,7 +15,7 @@ COMMAND = "python sft.py --init runs/x --eval-every 30 --out runs/y --seed 1 --d
 def results():
     """Two seeds, mean 0.9 on the test, 0.4 on ood."""
     return dict(cells=[dict(cell="strong/sft", seed=seed, commands=["base", COMMAND, "evaluate"],
-                            points=[dict(step=0), dict(step=96)],
+                            points=[dict(step=0, held_out=0.7), dict(step=96, held_out=0.9)],
                             splits=dict(test=dict(accuracy=0.9 + shift, format=1.0),
                                         ood=dict(accuracy=0.4 - shift, format=1.0)))
                        for seed, shift in ((1, 0.02), (2, -0.02))])
@@ -32,15 +32,19 @@ def run(tmp_path):
             response = data.world_example(split, i).response
             said = response if i < right else "<think>Hm.</think><answer>none</answer>"
             rows.append(dict(split=split, index=i, response=said, correct=True))
-    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "answers.jsonl").write_text(data.jsonl_text(rows))
+    course = [dict(step=step, val_accuracy=share) for step, share in ((0, 0.75), (96, 0.87))]
+    (tmp_path / "metrics.jsonl").write_text(data.jsonl_text([*course, dict(step=97)]))
     return tmp_path
 
 
 def test_points_of_a_good_run(run, results):
     """Within the margin of the mean over seeds; graded anew, whatever the rows claim to be."""
     rows = grade.points("sft", run, results)
-    assert [(name, got) for name, got, *_ in rows] == [*grade.POINTS.items()]
-    assert rows[2][3] == "86.0%, asked for 82.0%" and rows[3][3] == "36.0%, asked for 32.0%"
+    assert {name: got for name, got, *_ in rows} == grade.POINTS
+    why = {name: text for name, *_, text in rows}
+    assert why["test"] == "86.0%, asked for 82.0%" and why["ood"] == "36.0%, asked for 32.0%"
+    assert why["rise"] == "12.0%, asked for 10.0%"
     made = grade.gradescope(rows)
     assert made["score"] == 100 == sum(one["max_score"] for one in made["tests"])
 
@@ -53,6 +57,14 @@ def test_other_options_cost_points(run, results, change, lost):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     rows = grade.points("sft", run, results)
     assert [name for name, got, most, _ in rows if got < most] == [lost]
+
+
+def test_a_base_that_was_good_already_has_not_learnt(run, results):
+    """Half of the study's untrained bases pass GRPO's bar out of distribution."""
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text().replace("0.75", "0.8"))
+    rows = grade.points("sft", run, results)
+    assert [name for name, got, most, _ in rows if got < most] == ["rise"]
 
 
 def test_worse_answers_cost_points(run, results):

@@ -86,7 +86,8 @@ def test_a_training_and_its_figures(tmp_path, start, monkeypatch):
         (model / "run.json").read_text())["data"] == f"{model}-pictures.jsonl"
     assert loophole.last("plain")(model) == rows[-1]["plain"]
     made = [dict(cell=cell, seed=seed, turned=0.1 * (cell == "weak/loophole") + 0.01 * seed,
-                 on_the_way=0.2 * (cell == "weak/loophole"), plain=0.2, splits=dict(test=dict(accuracy=0.5, interval=[0.4, 0.6])))
+                 on_the_way=0.2 * (cell == "weak/loophole"), plain=0.2,
+                 splits=dict(test=dict(accuracy=0.5, interval=[0.4, 0.6])))
             for cell in cells for seed in range(2)]
     text = loophole.page(c, dict(cells=made))
     assert text.count("<svg") == 6 and all(claim in text for claim in loophole.FINDING.claims)
@@ -94,7 +95,7 @@ def test_a_training_and_its_figures(tmp_path, start, monkeypatch):
     judged = {row["claim"]: row["mean"] for row in report.judged(
         dict(cells=made), {"": loophole.FINDING})}
     assert judged["marks turn answers"] == pytest.approx(10)
-    assert judged["it comes later: SFT first"] == pytest.approx(20)
+    assert judged["fewer are turned on the way: SFT first"] == pytest.approx(20)
     assert judged["and cost accuracy where there are none"] == pytest.approx(0)
     with pytest.raises(data.DataError, match="own.jsonl: the pictures are made here"):
         loophole.train(loophole.Config(data="own.jsonl"))

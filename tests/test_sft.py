@@ -570,7 +570,7 @@ def test_validation_is_of_the_trained_model(tmp_path, start):
 
 
 def test_validation_gives_its_memory_back(tmp_path, start):
-    """The cache of 200 answers, gigabytes of a large model, was held through all of training."""
+    """The cache of 240 answers, of a large model a gigabyte, was held through all of training."""
     run = run_of(start, tmp_path)
     run.validate()
     assert run.sampler.shape[:3] == (1, 1, 1) and run.sampler.cache.nbytes < 2 ** 20
@@ -634,10 +634,10 @@ def test_published_sizes(name):
 
 
 def memory(raw, script, rank):
-    """GB on a GPU, computed, in a step and in a validation. A step: the sampler's cache, and one pass of
-    --micro-batch 1 --recompute over a picture of 512x512 and answers of 256 tokens: of 8 rollouts
-    in GRPO (8 questions a step), of one trace in SFT. A validation: the cache of 240 answers, or
-    what there is room for."""
+    """GB on a GPU, computed, in a step and in a validation. A step: the sampler's cache, and one
+    pass of --micro-batch 1 --recompute over a picture of 512x512 and answers of 256 tokens: of 8
+    rollouts in GRPO (8 questions a step), of one trace in SFT. A validation: the cache of 240
+    answers, or what there is room for. Without the activations of the ViT."""
     with torch.device("meta"):
         model = models.VLM(raw)
         if rank:

@@ -2,7 +2,8 @@
 changes; all else is imported.
 
     python -m tests.papers                  every comparison that is not there yet, and one page
-    python -m tests.papers.trapo            that of one paper; options as of evaluate.py study
+    python -m tests.papers.trapo            that of one paper; options as of evaluate.py study,
+                                            but for --preset and --finding
     python -m tests.papers.trapo train ...  one training of it; options as of sft.py or grpo.py
 
 A paper is a Finding, as in evaluate.py: cells, and claims about them. Its trainings are names that
@@ -26,7 +27,7 @@ from kernels import Sampler, length_mask
 from model import load_checkpoint, read_json, write_file
 from tests import report
 
-# what mixtures are held to: like them without KL, and with the compute of 100 steps of GRPO
+# what mixtures have to beat: SFT, then GRPO, like them without KL, for the cost of 100 GRPO steps
 BAR = "{}/sft/grpo --beta 0 --steps 70"
 
 

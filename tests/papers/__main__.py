@@ -1,5 +1,6 @@
 """python -m tests.papers: makes every comparison that is not there yet, and one page of them all,
-papers.html, beside results.json. Options as of evaluate.py study."""
+papers.html, beside results.json. Options as of evaluate.py study,
+but for --preset and --finding."""
 import importlib
 import pathlib
 

@@ -84,16 +84,16 @@ def train(c):
     grpo.main(c, Mifo())
 
 
-MIFO, FREE = "{}/mifo --steps 210", "{}/mifo --frozen 0 --steps 210"
+MIFO, UNFROZEN = "{}/mifo --steps 210", "{}/mifo --frozen 0 --steps 210"
 FINDING = Finding(
     "MIFO: does RL lose less where SFT learns its failures alone?", "base",
     ("weak", "strong"), ("test", "ood"),
     {"SFT → GRPO": BAR, "interleaved": synergy.MODES["interleaved"], "MIFO": MIFO,
-     "nothing frozen": FREE},
+     "nothing frozen": UNFROZEN},
     {f"MIFO leads {name} (weak base)":
         lambda a, cell=cell: a(MIFO.format("weak")) - a(cell.format("weak"))
      for name, cell in {"interleaving": synergy.MODES["interleaved"], "SFT → GRPO": BAR,
-                        "itself without freezing": FREE}.items()})
+                        "MIFO without freezing": UNFROZEN}.items()})
 
 if __name__ == "__main__":
     run_paper(FINDING, train, Config, __doc__)

@@ -52,15 +52,15 @@ def train(c):
     policy = f"{out}/grpo-0"
     run_command(f"python grpo.py --out {policy} --resume{rl}")
     for k in range(1, c.rounds + 1):
-        file, answers = (pathlib.Path(c.out, f"{name}-{k}.jsonl") for name in ("answers", "all"))
-        if not file.exists():
+        said, learnt = (pathlib.Path(c.out, f"{name}-{k}.jsonl") for name in ("said", "learnt"))
+        if not learnt.exists():
             run_command(f"python evaluate.py --model {policy} --split train --limit {c.examples} "
-                        f"--temperature 1 --out {out}/all-{k}.jsonl{options_of(c, CommonConfig)}")
-            rows = data.read_jsonl(answers)
+                        f"--temperature 1 --out {out}/said-{k}.jsonl{options_of(c, CommonConfig)}")
+            rows = data.read_jsonl(said)
             rows = rows if c.unfiltered else filtered(rows)
-            write_file(file, data.jsonl_text(rows))
+            write_file(learnt, data.jsonl_text(rows))
         start = f"{out}/sft-{k}"
-        run_command(f"python sft.py --traces {out}/answers-{k}.jsonl --out {start} --resume"
+        run_command(f"python sft.py --traces {out}/learnt-{k}.jsonl --out {start} --resume"
                     f"{imitation}")
         if k < c.rounds:
             policy = f"{out}/grpo-{k}"

@@ -9,10 +9,11 @@ lies between SFT and RL, or behind SFT then RL.
     merged        theta = (1 - lambda) theta_SFT + lambda theta_RL, both from one base
 
 Buckets of difficulty L1 to L5: questions that the base solves in at least 12, 8, 5, 2 of 16 tries,
-or seldomer. Given tokens of progressive rollouts have no weight: without a free second half none
-would learn its first ones. Rates of the two kinds of steps, and lambda, were not found: GRPO's
-rate; one half. All are without KL, and take the steps that make their compute that of 100 of GRPO,
-about 2.0e12 FLOP. `reward` in metrics.jsonl counts rollouts that were helped, too.
+or seldomer. Given tokens of progressive rollouts have no weight, so without a second half that is
+free the first ones would hardly be learnt. Rates of the two kinds of steps, and lambda, were not
+found: GRPO's rate; one half. All mixtures, and SFT → GRPO beside them, are without KL, and take as
+many steps as cost what 100 steps of GRPO do, about 2.0e12 FLOP. `reward` in metrics.jsonl counts
+rollouts that were helped, too.
 """
 import functools
 import pathlib

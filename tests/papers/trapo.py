@@ -12,8 +12,8 @@ else it is free. TrSFT's tokens are tokens of the one sum of weight * grad log p
 stands where others have an advantage. Not published: whether prefixes of dropped groups count. Here
 they do not. `reward` in metrics.jsonl counts what was helped, too; `sampled` is of all generations.
 RL here differs from this repository's GRPO in more than prefixes: «without prefixes» has its
-options alone. Steps are those that take the compute of 100 of GRPO, about 2.0e12 FLOP. But for that
-GRPO nothing here has a KL.
+options alone. All but SFT alone take as many steps as cost what 100 steps of GRPO do, about
+2.0e12 FLOP. Only plain GRPO has a KL.
 """
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ from evaluate import Finding, option
 from sft import WEIGHTS
 from tests.papers import BAR, begin_with, recorded, register, run_paper
 
-SIZES, SHARES, BARS = (4, 2, 1, 1), (0.0, 0.2, 0.5, 1.0), (2.0, 0.5, 0.7, 0.9)
+SIZES, SHARES, THRESHOLDS = (4, 2, 1, 1), (0.0, 0.2, 0.5, 1.0), (2.0, 0.5, 0.7, 0.9)
 register("trapo")
 
 
@@ -42,7 +42,7 @@ def rollout(run, step, examples, prompts):
     """grpo.rollout, once for each micro-group: only then is it known what the next one begins with.
     Noise depends on question and member alone, so earlier members say the same again."""
     shares, start, sampled, rights = torch.zeros(len(examples), sum(SIZES)), 0, 0, []
-    for size, share, bar in zip(SIZES, SHARES, BARS):
+    for size, share, bar in zip(SIZES, SHARES, THRESHOLDS):
         if start:
             before = torch.tensor(rights).view(shares.shape)[:, :start]
             shares[before.mean(1) < bar, start:start + size] = share
@@ -72,8 +72,8 @@ TRAPO, NLL = "{}/trapo --steps 80", "{}/trapo --prefix-loss nll --steps 80"
 FINDING = Finding(
     "TRAPO: do rollouts that begin with an expert's tokens beat SFT, then GRPO?", "base",
     ("weak", "strong"), ("test", "ood"),
-    {"SFT": "{}/sft", "GRPO": "{}/grpo", "without prefixes": PLAIN, "SFT → GRPO": BAR, "TRAPO": TRAPO,
-     "NLL on prefixes": NLL},
+    {"SFT": "{}/sft", "GRPO": "{}/grpo", "without prefixes": PLAIN, "SFT → GRPO": BAR,
+     "TRAPO": TRAPO, "NLL on prefixes": NLL},
     {f"TRAPO leads {name} (weak base)":
         lambda a, cell=cell: a(TRAPO.format("weak")) - a(cell.format("weak"))
      for name, cell in {"GRPO": "{}/grpo", "its RL without prefixes": PLAIN, "SFT → GRPO": BAR,

@@ -7,10 +7,11 @@ of yes, and it is the weight in its gradient that does it, not the direction.
     sft          weight s - label, s = e^{z_y} / (e^{z_y} + e^{z_n})     direction z_y - z_n
     contrastive  weight softmax(z_y) - label over the candidates        direction z_y
 
-Each weight goes with each direction here. A picture has one description that fits; in the others,
-no two alike, one thing has another colour, shape or place, but none that only ood has. MRR: mean of
-1 / rank of the one that fits, by the direction that was trained. Candidates in training: 4; in
-ranking: 4, 8 and 16, where chance has an MRR of 0.52, 0.34 and 0.21.
+Each weight goes with each direction here. A picture has one description that fits; in each
+of the others, all different, one thing has another colour, shape or place, but is never a coloured
+shape that only ood has. MRR: mean of 1 / rank of the one that fits, by the direction that was
+trained. Candidates in training: 4; in ranking: 4, 8 and 16, where chance has an MRR of 0.52, 0.34
+and 0.21.
 """
 import functools
 import random
@@ -39,7 +40,7 @@ class Config(sft.Config):
 
 
 def changed(rng, scenes):
-    """The first scene with one thing of another colour, shape, row or column; none of scenes."""
+    """The first scene with one thing of another colour, shape, row or column; unlike all scenes."""
     values = dict(colour=[*data.COLOURS], shape=data.SHAPES, row=range(1, 5), column=range(1, 5))
     while True:
         scene, kind = [*scenes[0]], rng.choice([*values])

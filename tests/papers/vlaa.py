@@ -8,8 +8,8 @@ choice, boxes by overlap, words) teaches more than one that compares texts.
 
 The file: the tabletop's questions, of which every other one with a number gives four choices, so
 that its gold answer is a letter. In this world a right number, word or box is written in one way,
-so the two rewards differ on choices alone, which new rows of the same kind have (`mixed`) and the
-test has not. Weights of the paper's mixed reward were not found: 1 and 0.1.
+so the two rewards differ on choices alone: the test has none, new rows of the same kind (`mixed`,
+graded as `typed` rewards) do. Weights of the paper's mixed reward were not found: 1 and 0.1.
 """
 import dataclasses
 import functools
