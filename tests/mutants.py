@@ -137,7 +137,7 @@ FAULTS = [
     Fault("model.py", "what is recomputed is held",
           "None if past else (k, v)", "k, v", "tests/test_model.py -k frees"),
     Fault("data.py", "a solution is read as its answer alone",
-          "(?=####)|", "(?=####)#|", "tests/test_data.py -k numina"),
+          r"|\W*(?!boxed)\w.*\\boxed.*", "", "tests/test_data.py -k numina"),
     Fault("sft.py", "loss per example",
           "mask, c.weight) / tokens", "mask, c.weight) / len(examples)", LOOP),
     Fault("sft.py", "loss per pass",
