@@ -516,6 +516,8 @@ def test_rounds_of_commands(tmp_path, start, monkeypatch):
         script, *words = shlex.split(command)[1:]
         got = evaluate.parse({"grpo.py": grpo.Config, "sft.py": sft.Config}[script], words)
         assert got.init == init and got.resume
+        if script == "sft.py":       # however many answers the filter has left
+            assert got.steps == sft.Config.epochs * math.ceil(c.examples / sft.Config.batch)
         fields = {f.name for f in dataclasses.fields(type(got) if "grpo" in script else
                                                      sft.RunConfig)}
         for name in fields - {"init", "out", "resume", "steps", "lr", "eval_every"}:
@@ -551,11 +553,12 @@ def test_a_comparison_from_its_command_line(tmp_path, monkeypatch, capfd):
     finding = evaluate.Finding(
         "?", "base", ("strong",), ("test",), {"base": "{}", "merged": "{}/synergy --mode merged"},
         {"it gains": lambda a: a("strong/synergy --mode merged") - a("strong")})
-    words = ["synergy.py", "--out", str(tmp_path / "study"), "--device", "cpu", "--first-seed", "3"]
+    words = ["synergy.py", "--out", str(tmp_path / "my study"), "--device", "cpu"]
+    words += ["--first-seed", "3"]
     monkeypatch.setattr("sys.argv", words)
     papers.run_paper(finding, None, None, "", size=lambda directory: len(str(directory)))
     said = capfd.readouterr().out
-    model = tmp_path / "study" / "seed-3" / "strong-synergy-mode-merged"
+    model = tmp_path / "my study" / "seed-3" / "strong-synergy-mode-merged"
     assert "it gains" in said and f"{len(str(model))}.000" in said
     assert said.count("\n$ python -m tests.papers.synergy train --init ") == 1
     one, *parts = (models.load_checkpoint(path)[0].state_dict()["lm_head.weight"]

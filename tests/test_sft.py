@@ -569,6 +569,14 @@ def test_validation_is_of_the_trained_model(tmp_path, start):
     assert all(torch.equal(mine, theirs.bfloat16()) for mine, theirs in pairs)
 
 
+def test_what_is_kept_may_be_written_with_spaces(tmp_path, start):
+    """--keep "800, 1200" kept the first alone, without a word."""
+    sft.main(sft.Config(init=str(start), out=str(tmp_path), device="cpu", steps=3, batch=4,
+                        examples=12, eval_examples=1, keep="1, 2"))
+    assert {path.name for path in tmp_path.glob("step-*")} == {"step-1", "step-2"}
+    models.load_checkpoint(tmp_path / "step-2")
+
+
 def test_validation_gives_its_memory_back(tmp_path, start):
     """The cache of 240 answers, of a large model a gigabyte, was held through all of training."""
     run = run_of(start, tmp_path)
